@@ -1,0 +1,1 @@
+"""Where examples come from: bundled scenes, local files, hub data sets."""

@@ -1,0 +1,242 @@
+"""Examples as tasks see them: rows with a picture, a text and a label, decoded when asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+from PIL import Image
+
+from mmcompress.errors import DataError, one_of
+
+
+class Examples(Sequence[dict[str, Any]]):
+    """Rows by role (``image``, ``text``, ``label``), whatever the columns of the source are called.
+
+    Attributes:
+        name: what messages call it, such as ``data.eval (test.parquet)``.
+        classes: names of the labels, or None where the data has no labels.
+        synthetic: True for bundled data, which reports must say.
+        folder: where relative paths of pictures begin.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        classes: Sequence[str] | None = None,
+        skip_damaged: bool = False,
+        synthetic: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.rows = rows
+        self.folder = folder
+        self.name = name
+        self.columns = dict(columns or {})
+        self.classes = list(classes) if classes is not None else None
+        self.skip_damaged = skip_damaged
+        self.synthetic = synthetic
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Examples:
+        """Row ``index`` by role, its picture decoded to RGB; a slice gives Examples.
+
+        Raises:
+            DataError: a picture does not decode, or a label is outside the classes.
+        """
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        return self._row(index, dict(self.columns))
+
+    def image(self, index: int) -> Image.Image:
+        """The picture of row ``index`` as RGB; nothing else of the row is looked at."""
+        found: Image.Image = self._row(index, {"image": self.columns["image"]})["image"]
+        return found
+
+    def without_image(self, index: int) -> dict[str, Any]:
+        """Row ``index`` by role without its picture, which need not decode."""
+        return self._row(index, {role: column for role, column in self.columns.items() if role != "image"})
+
+    def _row(self, index: int, columns: Mapping[str, str]) -> dict[str, Any]:
+        row = self.rows[index]
+        found: dict[str, Any] = {"index": index}
+        for role, column in columns.items():
+            if role == "label" and self.classes is None:
+                continue  # `need` has words for it where a task asks
+            if column not in row:
+                raise DataError(f"{self.name}: " + one_of("column", column, row))
+            value = row[column]
+            if role == "image":
+                value = decode_image(value, f"{self.name}, row {index}, column {column!r}", self.folder)
+            elif role == "label":
+                value = self._label(value, index, column)
+            elif role == "text":
+                value = self._text(value, index, column)
+            found[role] = value
+        return found
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """The examples at these indices, in this order."""
+        rows = self.rows.select(list(indices)) if isinstance(self.rows, datasets.Dataset) else _Chosen(self.rows, indices)
+        return Examples(rows, self.name, self.columns, self.classes, self.skip_damaged, self.synthetic, self.folder)
+
+    def need(self, roles: Mapping[str, str], who: str) -> None:
+        """Checks that every role a task reads has a column.
+
+        Raises:
+            DataError: a role has none.
+        """
+        for role, what in roles.items():
+            if role not in self.columns:
+                have = ", ".join(self.column_names()) or "none"
+                raise DataError(
+                    f"{self.name}: {who} needs a column for {role!r} ({what}); the data's columns are: {have}. "
+                    f"Name one with columns: {{{role}: <column>}}"
+                )
+            if role == "label" and self.classes is None:
+                column = self.columns[role]
+                raise DataError(f"{self.name}: the labels in {column!r} name no classes; give their names with classes: [...]")
+
+    def narrow(self, roles: Mapping[str, str], who: str) -> None:
+        """Keeps only the columns that a task reads, so that what is wrong with another column stops nothing; checks as ``need``."""
+        self.need(roles, who)
+        self.columns = {role: column for role, column in self.columns.items() if role in roles}
+
+    def column_names(self) -> list[str]:
+        """The names of the source's columns."""
+        if isinstance(self.rows, datasets.Dataset):
+            return list(self.rows.column_names)
+        return list(self.rows[0]) if len(self.rows) else []
+
+    def labels(self) -> list[int]:
+        """All labels as indices into ``classes``, without decoding pictures."""
+        column = self.columns["label"]
+        values = self.rows[column] if isinstance(self.rows, datasets.Dataset) else [r[column] for r in self.rows]
+        return [self._label(v, i, column) for i, v in enumerate(values)]
+
+    def _label(self, value: Any, index: int, column: str) -> int:
+        where = f"{self.name}, row {index}, column {column!r}"
+        classes = self.classes or []
+        if isinstance(value, str):
+            if value not in classes:
+                raise DataError(f"{where}: " + one_of("label", value, classes[:20]))
+            return classes.index(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise DataError(f"{where}: label {value!r} is neither a class name nor a class number")
+        if not 0 <= value < len(classes):
+            raise DataError(f"{where}: label {value} is outside the classes 0 to {len(classes) - 1}")
+        return value
+
+    def _text(self, value: Any, index: int, column: str) -> str | list[str]:
+        if isinstance(value, str) and value.strip():
+            return value
+        if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in value):
+            return value
+        found = "an empty text" if value in ("", [], None) else type(value).__name__
+        raise DataError(f"{self.name}, row {index}, column {column!r}: {found}; allowed: a text or a list of texts")
+
+
+class _Chosen(Sequence[Mapping[str, Any]]):
+    """A view of some rows of a lazy sequence."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[self.indices[index]]
+
+
+def decode_image(value: Any, where: str, folder: Path | None = None) -> Image.Image:
+    """A picture from PIL, bytes, a path, or a ``{"bytes", "path"}`` record, as RGB.
+
+    Transparent pixels are laid on white: dropping the alpha channel would show whatever colour hides under it.
+
+    Raises:
+        DataError: it does not decode.
+    """
+    try:
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else str(value["path"])
+        if isinstance(value, bytes):
+            value = Image.open(io.BytesIO(value))
+        elif isinstance(value, (str, Path)):
+            value = Image.open((folder or Path()) / value)
+        if not isinstance(value, Image.Image):
+            raise DataError(f"{where}: {type(value).__name__} is no picture; allowed: PIL, PNG/JPEG bytes, or a path")
+        if value.mode in ("RGBA", "LA", "PA") or "transparency" in value.info:
+            value = value.convert("RGBA")
+            ground = Image.new("RGBA", value.size, (255, 255, 255, 255))
+            value = Image.alpha_composite(ground, value)
+        return value.convert("RGB")
+    except (OSError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as e:
+        raise DataError(f"{where}: the picture does not decode: {e}") from e
+    except ValueError as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{where}: the picture does not decode: {e}") from e
+
+
+def as_examples(data: Any, name: str = "data") -> Examples:
+    """Anything list-like with rows, or a `datasets.Dataset`, as Examples; roles are guessed from the column names.
+
+    Raises:
+        DataError: it has no column that looks like a picture.
+    """
+    if isinstance(data, Examples):
+        return data
+    classes = None
+    if isinstance(data, datasets.Dataset):
+        names = list(data.column_names)
+    else:
+        names = list(data[0]) if len(data) else []
+    columns = guess_columns(names)
+    if isinstance(data, datasets.Dataset):
+        data, classes = undecoded(data, columns)
+    if "image" not in columns:
+        raise DataError(f"{name}: no column looks like a picture; columns are: {', '.join(names) or 'none'}")
+    return Examples(data, name, columns, classes)
+
+
+ROLE_NAMES = {
+    "image": ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "image_path", "file_name"),
+    "text": ("text", "caption", "captions", "txt", "sentence", "sentences", "description", "prompt"),
+    "label": ("label", "labels", "cls", "class", "fine_label", "target", "category"),
+}
+
+
+def guess_columns(names: Sequence[str]) -> dict[str, str]:
+    """For each role the column that is commonly called so, where there is one."""
+    lower = {n.lower(): n for n in names}
+    return {
+        role: next(lower[n] for n in known if n in lower) for role, known in ROLE_NAMES.items() if any(n in lower for n in known)
+    }
+
+
+def undecoded(data: datasets.Dataset, columns: Mapping[str, str]) -> tuple[datasets.Dataset, list[str] | None]:
+    """A data set whose pictures stay bytes until they are asked for (so that one bad file does not stop a scan), and its classes."""
+    image = columns.get("image")
+    if image is not None and isinstance(data.features.get(image), datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    label = columns.get("label")
+    feature = data.features.get(label) if label is not None else None
+    if isinstance(feature, datasets.ClassLabel):
+        return data, list(feature.names)
+    if label is not None and isinstance(feature, datasets.Value):
+        if feature.dtype in ("string", "large_string"):
+            return data, sorted({str(v) for v in data.unique(label)})
+        numbers = [int(v) for v in data.unique(label) if v is not None]
+        return data, [str(i) for i in range(max(numbers) + 1)] if numbers and min(numbers) >= 0 else None
+    return data, None

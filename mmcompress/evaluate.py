@@ -1,0 +1,82 @@
+"""A recipe's task on any model: for ``mmcompress eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from mmcompress.data.sources import load_source
+from mmcompress.errors import ModelError
+from mmcompress.measure.quality import class_scores, qualities
+from mmcompress.model import load, load_processor, resolve
+from mmcompress.progress import SILENT
+from mmcompress.recipe import Recipe
+from mmcompress.runtimes.base import Predict
+from mmcompress.runtimes.onnx_predict import OnnxPredict
+from mmcompress.runtimes.torch_predict import TorchPredict
+
+
+def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
+    """Scores a model folder, a hub id or a folder with ONNX components.
+
+    A folder that holds weights is run by torch; one that holds only ``.onnx`` files (beside the tokenizer and image processor)
+    by ONNX Runtime.
+    """
+    where = resolve(source)
+    examples = load_source(recipe.data.eval, "eval", recipe.seed)
+    examples.narrow(recipe.task.roles, recipe.task.type)
+    predict: Predict
+    if isinstance(where, Path) and is_onnx_folder(where):
+        predict, processor = OnnxPredict(where), load_processor(where)
+    else:
+        model = load(source, trust_remote_code=recipe.trust_remote_code)
+        predict, processor = TorchPredict(model, recipe.report.device), model.processor
+    scores = recipe.task.evaluate(predict, processor, examples, SILENT)
+    return {
+        "model": source,
+        "runtime": predict.runtime,
+        "task": recipe.task.type,
+        "data": examples.name,
+        "synthetic": examples.synthetic,
+        "quality": {k: v.model_dump() for k, v in qualities(scores).items()},
+        "classes": {k: v.model_dump() for k, v in class_scores(scores).items()},
+        "skipped": scores.skipped,
+    }
+
+
+def is_onnx_folder(folder: Path) -> bool:
+    """True for a folder with ONNX components and no weights.
+
+    Raises:
+        ModelError: the folder holds neither.
+    """
+    if any(folder.glob("*.safetensors")):
+        return False
+    if any(folder.glob("*.onnx")) or any((folder / "onnx").glob("*.onnx")):
+        return True
+    if not (folder / "config.json").exists():
+        raise ModelError(f"model {folder}: holds neither config.json with safetensors nor ONNX components")
+    return False
+
+
+def render_evaluation(found: dict[str, Any]) -> str:
+    """The same as text."""
+    rows = [
+        [name, f"{100 * q['value']:.2f}", f"{100 * q['low']:.2f} to {100 * q['high']:.2f}", q["n"]]
+        for name, q in found["quality"].items()
+    ]
+    lines = [f"{found['model']} ({found['runtime']}) on {found['data']}{' (synthetic)' if found['synthetic'] else ''}", ""]
+    lines.append(tabulate(rows, headers=["metric", "percent", "95% interval", "n"], disable_numparse=True))
+    if found["classes"]:
+        worst = sorted(found["classes"].items(), key=lambda kv: (kv[1]["recall"] is None, kv[1]["recall"]))[:5]
+        shown = [[k, _percent(c["precision"]), _percent(c["recall"]), c["n"]] for k, c in worst]
+        lines += ["", "lowest recall:", tabulate(shown, headers=["class", "precision", "recall", "n"], disable_numparse=True)]
+    if found["skipped"]:
+        lines.append(f"\n{found['skipped']} examples were skipped: their picture does not decode")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,1 @@
+"""Size, latency, memory and quality, each with how sure it is."""

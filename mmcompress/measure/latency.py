@@ -1,0 +1,76 @@
+"""Latency and memory of one model, each measurement in a process of its own.
+
+A process of its own keeps the thread pools, allocators and caches of one model away from the next one's (two ONNX Runtime
+sessions in one process disturb each other), and its peak resident memory is that model's alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmcompress.errors import UnavailableError
+from mmcompress.measure.statistics import median_interval
+from mmcompress.report.schema import Latency
+
+WORKER = "mmcompress.measure.worker"
+
+
+def summarize(times_ms: list[float]) -> Latency:
+    """Percentiles of single calls and the interval of their median."""
+    p50, p90, p99 = (float(v) for v in np.quantile(times_ms, [0.5, 0.9, 0.99]))
+    low, high = median_interval(np.asarray(times_ms))
+    return Latency(p50=p50, p90=p90, p99=p99, low=low, high=high, n=len(times_ms))
+
+
+def measure(
+    folder: Path,
+    runtime: str,
+    *,
+    batch_sizes: list[int],
+    threads: int,
+    seconds: float,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times a saved model in a fresh process.
+
+    Args:
+        folder: a model folder (torch) or one with ONNX components.
+        runtime: ``torch`` or ``onnxruntime``.
+        seconds: time spent on each figure; at least 20 calls are made.
+
+    Returns:
+        ``latency_ms`` (by batch size), ``components`` (by component, by batch size), ``peak_memory_bytes``, ``load_seconds``.
+
+    Raises:
+        UnavailableError: the process failed; the message holds the end of what it said.
+    """
+    job = {
+        "folder": str(folder),
+        "runtime": runtime,
+        "batch_sizes": batch_sizes,
+        "threads": threads,
+        "seconds": seconds,
+        "device": device,
+    }
+    # The number of threads is set in the environment too: some pools read it only when they are loaded.
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", WORKER], input=json.dumps(job), capture_output=True, text=True, env=env, check=False
+    )
+    if done.returncode != 0:
+        last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+        raise UnavailableError(f"measuring {folder} in {runtime} failed: {last[0]}")
+    raw = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "latency_ms": {b: summarize(t) for b, t in raw["together"].items()},
+        "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
+        "peak_memory_bytes": raw["peak_memory_bytes"],
+        "load_seconds": raw["load_seconds"],
+    }

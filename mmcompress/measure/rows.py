@@ -1,0 +1,192 @@
+"""One model in one runtime to one row of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmcompress.data.examples import Examples
+from mmcompress.data.prepare import prepared
+from mmcompress.errors import DataError, ModelError
+from mmcompress.measure import latency, quality, size
+from mmcompress.model import CompressedModel
+from mmcompress.progress import Reporter
+from mmcompress.quantization.onnx_export import export_component
+from mmcompress.recipe import ReportSettings
+from mmcompress.report.schema import ComponentRow, Parity, Row
+from mmcompress.runtimes.base import Predict
+from mmcompress.runtimes.onnx_predict import OnnxPredict
+from mmcompress.runtimes.torch_predict import TorchPredict
+from mmcompress.tasks.base import Scores, Task
+
+PARITY_EXAMPLES = 32
+FLOAT_TOLERANCE = 1e-4
+"""How far below 1 the cosine between an output of a float32 export and torch's may lie."""
+
+
+@dataclass
+class Meter:
+    """Measures the steps of one run in the same way.
+
+    Attributes:
+        baseline: the baseline's scores in torch, which every other row is compared with example by example.
+    """
+
+    task: Task
+    examples: Examples
+    settings: ReportSettings
+    reporter: Reporter
+    baseline: Scores | None = None
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def torch_row(self, model: CompressedModel, folder: Path, step: str) -> Row:
+        """Measures a saved model in torch."""
+        flops = size.flops_by_component(model)
+        timed = self._time(folder, "torch", self.settings.device)
+        parts = model.family.components(model.module)
+        tower_of = {name: part.tower for name, part in parts.items()}
+        parameters, disk = size.parameters_by_tower(model), size.torch_bytes_by_tower(model)
+        row = Row(
+            step=step,
+            runtime="torch",
+            parameters=model.parameters(),
+            disk_bytes=size.torch_bytes(folder),
+            peak_memory_bytes=timed["peak_memory_bytes"],
+            flops=sum(flops.values()),
+            latency_ms=timed["latency_ms"],
+            components=_components(tower_of, parameters, disk, flops, timed["components"]),
+            loads_with="mmcompress" if model.custom else "transformers",
+        )
+        self._score(row, TorchPredict(model, self.settings.device), model)
+        model.module.to("cpu")
+        return row
+
+    def onnx_row(self, model: CompressedModel, folder: Path, step: str, precision: str) -> Row:
+        """Measures ONNX components that were made from a model, and compares them with it on real examples."""
+        flops = size.flops_by_component(model)
+        timed = self._time(folder, "onnxruntime", "cpu")
+        files = size.onnx_bytes(folder)
+        tower_of = {name: part.tower for name, part in model.family.components(model.module).items()}
+        parameters = size.parameters_by_tower(model)
+        disk = {tower_of[name]: found for name, found in files.items()}
+        predict = OnnxPredict(folder, self.settings.threads)
+        row = Row(
+            step=step,
+            runtime="onnxruntime",
+            precision=precision,
+            parameters=model.parameters(),
+            disk_bytes=sum(files.values()),
+            peak_memory_bytes=timed["peak_memory_bytes"],
+            flops=sum(flops.values()),
+            latency_ms=timed["latency_ms"],
+            components=_components(tower_of, parameters, disk, flops, timed["components"]),
+            parity=parity(model, predict, self.task, self.examples),
+            loads_with="onnx",
+        )
+        if precision == "float32":
+            check_float_parity(row.parity, step)
+        self._score(row, predict, model)
+        return row
+
+    def _time(self, folder: Path, runtime: str, device: str) -> dict[str, Any]:
+        settings = self.settings
+        self.reporter.note(f"timing {runtime}")
+        return latency.measure(
+            folder,
+            runtime,
+            batch_sizes=settings.batch_sizes,
+            threads=settings.threads,
+            seconds=settings.seconds,
+            device=device,
+        )
+
+    def _score(self, row: Row, predict: Predict, model: CompressedModel) -> None:
+        scores = self.task.evaluate(predict, model.processor, self.examples, self.reporter)
+        self.scores[f"{row.step}.{row.runtime}"] = scores
+        row.quality = quality.qualities(scores)
+        row.classes = quality.class_scores(scores)
+        if self.baseline is not None:
+            row.change = quality.changes(scores, self.baseline)
+        if scores.skipped:
+            row.notes.append(f"{scores.skipped} of {len(self.examples)} examples were skipped: their picture does not decode.")
+
+
+def _components(
+    tower_of: dict[str, str],
+    parameters: dict[str, int],
+    disk: dict[str, int],
+    flops: dict[str, int],
+    timed: dict[str, dict[str, latency.Latency]],
+) -> dict[str, ComponentRow]:
+    return {
+        tower: ComponentRow(
+            parameters=parameters.get(tower, 0), disk_bytes=disk.get(tower, 0), flops=flops.get(name), latency_ms=timed.get(name, {})
+        )
+        for name, tower in tower_of.items()
+    }
+
+
+def export_float(model: CompressedModel, folder: Path, reporter: Reporter) -> Path:
+    """Exports every component as ``<name>.onnx`` into a folder, with the config beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = model.family.components(model.module)
+    example = model.family.example_batch(model.module.config, 2)
+    for name, part in reporter.track(parts.items(), "exporting to ONNX", len(parts)):
+        export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx")
+    model.module.config.save_pretrained(folder)
+    return folder
+
+
+def parity(model: CompressedModel, predict: Predict, task: Task, examples: Examples) -> dict[str, Parity]:
+    """Compares components with torch on real examples: the first pictures of the data, and the texts that go with them."""
+    inputs = real_inputs(model, task, examples)
+    reference = TorchPredict(model)
+    found = {}
+    for name, part in model.family.components(model.module).items():
+        if not all(i in inputs for i in part.inputs):
+            continue
+        given = {i: inputs[i] for i in part.inputs}
+        ours, theirs = reference(name, given), predict(name, given)
+        gaps, cosines = [], []
+        for output in part.outputs:
+            a, b = ours[output].astype(np.float64), theirs[output].astype(np.float64)
+            gaps.append(float(np.abs(a - b).max()))
+            norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+            cosines.append(float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).min()))
+        found[name] = Parity(max_abs_difference=max(gaps), min_cosine=min(cosines), n=len(next(iter(given.values()))))
+    return found
+
+
+def real_inputs(model: CompressedModel, task: Task, examples: Examples) -> dict[str, np.ndarray]:
+    """Inputs of all components from the first examples.
+
+    Raises:
+        DataError: none of the first pictures decodes.
+    """
+    indices, pixels = next((b for b in prepared(examples, model.processor) if len(b[0])), (np.zeros(0), np.zeros(0)))
+    if not len(indices):
+        raise DataError(f"{examples.name}: no picture decodes")
+    chosen = indices[:PARITY_EXAMPLES]
+    rows = [{**examples.without_image(int(i)), "pixel_values": None} for i in chosen]
+    for row, values in zip(rows, pixels, strict=False):
+        row["pixel_values"] = torch.from_numpy(values)
+    batch = task.collate(rows, model.processor, examples, 0)
+    return {name: value.numpy() for name, value in batch.items() if name != "target"}
+
+
+def check_float_parity(found: dict[str, Parity], where: str) -> None:
+    """A float32 export that differs from torch is broken, and so is every number made with it.
+
+    Raises:
+        ModelError: a component differs by more than rounding does.
+    """
+    for name, result in found.items():
+        if result.min_cosine < 1 - FLOAT_TOLERANCE:
+            raise ModelError(
+                f"{where}: the ONNX export of {name} differs from torch on real examples (largest difference "
+                f"{result.max_abs_difference:.3g}, smallest cosine {result.min_cosine:.6f}); it is not usable"
+            )

@@ -1,0 +1,55 @@
+"""Parameters, bytes on disk and floating point operations, for a model and for each tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcompress.families.base import count, tower_parameters
+from mmcompress.model import WEIGHTS_FILE, CompressedModel
+from mmcompress.runtimes.onnx_predict import component_files
+
+
+def parameters_by_tower(model: CompressedModel) -> dict[str, int]:
+    """Parameters of each tower, and of what belongs to none under ``shared``."""
+    return {tower: count(found) for tower, found in tower_parameters(model.family, model.module).items()}
+
+
+def torch_bytes(folder: Path) -> int:
+    """Bytes of a model folder's weights."""
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def torch_bytes_by_tower(model: CompressedModel) -> dict[str, int]:
+    """Bytes that each tower's parameters take in the weights file (its header is in no tower's share)."""
+    found = tower_parameters(model.family, model.module)
+    return {tower: sum(p.numel() * p.element_size() for p in parameters) for tower, parameters in found.items()}
+
+
+def onnx_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of each component's file, data kept beside it included."""
+    return {
+        name: sum(p.stat().st_size for p in path.parent.glob(path.name + "*") if p.is_file())
+        for name, path in component_files(folder).items()
+    }
+
+
+def flops_by_component(model: CompressedModel) -> dict[str, int]:
+    """Floating point operations of one example, 2 for each multiply-add, counted by torch's own counter over matrix products,
+    convolutions and attention. Element-wise work is not counted, as is the custom.
+    """
+    example = model.family.example_batch(model.module.config, 1)
+    found = {}
+    implementation = model.module.config._attn_implementation
+    # The counter knows eager matrix products on every device; fused CPU attention kernels it may not.
+    model.module.set_attn_implementation("eager")
+    try:
+        for name, part in model.family.components(model.module).items():
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                part.module(*[example[i] for i in part.inputs])
+            found[name] = int(counter.get_total_flops())
+    finally:
+        model.module.set_attn_implementation(implementation)
+    return found

@@ -1,0 +1,131 @@
+"""The process in which one model is timed. Reads a job as JSON from stdin and prints the times as JSON.
+
+Torch is imported only where torch is timed, so that an ONNX model's memory is not torch's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WARM_UP = 5
+LEAST_CALLS = 20
+MOST_CALLS = 5_000
+
+
+def example_arrays(config: dict[str, Any], inputs: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
+    """Inputs of an ONNX component by what its graph asks for: pictures from the config's size, tokens of 16 positions."""
+    rng = np.random.default_rng(0)
+    found: dict[str, np.ndarray] = {}
+    for name, shape in inputs.items():
+        if name == "pixel_values":
+            sizes = [batch, *(int(s) for s in shape[1:])]
+            found[name] = rng.standard_normal(sizes).astype(np.float32)
+        else:
+            text = config.get("text_config", config)
+            length = min(16, int(text.get("max_position_embeddings", 16)))
+            high = int(text.get("vocab_size", 2))
+            ids = rng.integers(0, high, (batch, length))
+            end = text.get("eos_token_id", 2)
+            ids[:, -1] = high - 1 if end == 2 or end is None else end
+            found[name] = ids if name == "input_ids" else np.ones((batch, length), dtype=np.int64)
+    return found
+
+
+def onnx_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], Any]]]:
+    """Sessions are opened once; for each batch size a call for each component."""
+    from mmcompress.runtimes.onnx_predict import OnnxPredict  # torch-free
+
+    folder = Path(job["folder"])
+    predict = OnnxPredict(folder, job["threads"])
+    at = next((p for p in (folder / "config.json", folder.parent / "config.json") if p.exists()), None)
+    config = json.loads(at.read_text()) if at else {}
+
+    def calls(batch: int) -> dict[str, Callable[[], Any]]:
+        found: dict[str, Callable[[], Any]] = {}
+        for name, session in predict.sessions.items():
+            arrays = example_arrays(config, {i.name: i.shape for i in session.get_inputs()}, batch)
+            found[name] = lambda name=name, arrays=arrays: predict(name, arrays)
+        return found
+
+    return calls
+
+
+def torch_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], Any]]]:
+    """The model is loaded once; for each batch size a call for each component."""
+    import torch
+
+    from mmcompress.model import load
+    from mmcompress.training.device import pick_device
+
+    torch.set_num_threads(job["threads"])
+    device = pick_device(job["device"])
+    model = load(job["folder"])
+    module = model.module.to(device).eval()
+    parts = model.family.components(module)
+
+    def call(name: str, inputs: list[torch.Tensor]) -> Any:
+        with torch.inference_mode():
+            found = parts[name].module(*inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
+        return found
+
+    def calls(batch: int) -> dict[str, Callable[[], Any]]:
+        example = {k: v.to(device) for k, v in model.family.example_batch(module.config, batch).items()}
+        return {
+            name: lambda name=name, part=part: call(name, [example[i] for i in part.inputs])  # type: ignore[misc]
+            for name, part in parts.items()
+        }
+
+    return calls
+
+
+def timed(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds of single calls, after a warm-up, until the time is used up and at least 20 calls were made."""
+    for _ in range(WARM_UP):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < LEAST_CALLS or (time.perf_counter() < end and len(times) < MOST_CALLS):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def main() -> None:
+    """Runs one job."""
+    job = json.loads(sys.stdin.read())
+    start = time.perf_counter()
+    make = onnx_calls(job) if job["runtime"] == "onnxruntime" else torch_calls(job)
+    loaded = time.perf_counter() - start
+    together: dict[str, list[float]] = {}
+    components: dict[str, dict[str, list[float]]] = {}
+    for batch in job["batch_sizes"]:
+        calls = make(batch)
+
+        def all_of(calls: dict[str, Callable[[], Any]] = calls) -> None:
+            for call in calls.values():
+                call()
+
+        together[str(batch)] = timed(all_of, job["seconds"])
+        for name, call in calls.items():
+            components.setdefault(name, {})[str(batch)] = timed(call, job["seconds"] / 2)
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"together": together, "components": components, "peak_memory_bytes": peak, "load_seconds": loaded}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

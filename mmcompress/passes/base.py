@@ -1,0 +1,138 @@
+"""What a pass is: fields that are the recipe's keys, and ``apply``. Importable without torch.
+
+A pass gets a model and returns another one; the one it was given stays as it was. Modules that need torch are imported
+inside ``apply``, because a recipe with a wrong sixth pass must be refused in a second, not after loading torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmcompress.errors import DataError
+from mmcompress.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from mmcompress.data.examples import Examples
+    from mmcompress.model import CompressedModel
+    from mmcompress.tasks.base import Task
+
+Ratio = float | dict[str, float]
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the model.
+
+    Attributes:
+        task: gives training batches and the loss.
+        train: training examples.
+        calibration: examples for ranges and statistics; the training examples where the recipe names none.
+        baseline: loads the model that the run began with, for use as a teacher.
+        seed: differs from step to step of a run and is the same in every repetition.
+        device: ``auto``, ``cuda``, ``mps`` or ``cpu``.
+        workdir: a scratch folder that is gone when the step ends.
+        warnings: sentences for the report.
+        facts: numbers for the report that may differ between repetitions (seconds, rates); never part of the model.
+    """
+
+    task: Task | None = None
+    train: Examples | None = None
+    calibration: Examples | None = None
+    baseline: Callable[[], CompressedModel] | None = None
+    seed: int = 0
+    device: str = "auto"
+    workdir: Path | None = None
+    reporter: Reporter = SILENT
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def need_task(self, who: str) -> Task:
+        """The task, or a clear error."""
+        if self.task is None:
+            raise DataError(f"{who}: needs a task to know its loss; give data with image and label or text columns")
+        return self.task
+
+    def need_train(self, who: str) -> Examples:
+        """The training examples, or a clear error."""
+        if self.train is None or len(self.train) == 0:
+            raise DataError(f"{who}: needs training examples; the recipe's data has no train split")
+        return self.train
+
+    def need_calibration(self, who: str) -> Examples:
+        """The calibration examples (or the training ones), or a clear error."""
+        found = self.calibration if self.calibration is not None else self.train
+        if found is None or len(found) == 0:
+            raise DataError(f"{who}: needs calibration examples; the recipe's data has neither calibration nor train")
+        return found
+
+
+class Pass(BaseModel, ABC):
+    """One step of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    changes: ClassVar[Literal["weights", "files"]]
+    """``weights``: the torch model changes. ``files``: ONNX files are made from it, and it stays as it is."""
+    makes_files: ClassVar[bool] = False
+    """True when the pass leaves ONNX files; a later pass that changes the weights would make them stale."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """The splits of the data that the pass reads: ``train``, ``calibration``."""
+
+    name: str = Field(alias="pass", description="The pass's name; `mmcompress list passes` shows all.")
+
+    @abstractmethod
+    def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
+        """Applies the pass to a copy of the model.
+
+        Returns:
+            The new model, and facts for the history: plain JSON data that is the same in every repetition.
+        """
+
+    def apply(
+        self,
+        model: CompressedModel,
+        data: Any = None,
+        *,
+        context: Context | None = None,
+    ) -> CompressedModel:
+        """Applies the pass and writes it into the model's history.
+
+        Args:
+            model: stays as it is.
+            data: training examples where no context is given: anything `mmcompress.data.as_examples` takes, such as a
+                `datasets.Dataset` with ``image`` and ``label`` or ``text`` columns.
+            context: what a run gives its passes; made from ``data`` when left out.
+        """
+        if context is None:
+            context = make_context(data)
+        new, result = self.run(model, context)
+        settings = self.model_dump(mode="json", by_alias=True, exclude={"name"})
+        new.history = [*model.history, {"pass": self.name, "settings": settings, "result": result}]
+        if self.changes == "weights" and new.onnx == model.onnx:
+            new.onnx = None  # files of the old weights
+        return new
+
+    def check_against(self, towers: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """What is wrong with the settings for a model of these towers and sizes, a sentence each; no weights are needed."""
+        return []
+
+    def plan(self, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+        """The towers' sizes after the pass."""
+        return {tower: dict(axes) for tower, axes in sizes.items()}
+
+
+def make_context(data: Any) -> Context:
+    """A context for a pass that is called from Python with nothing but data."""
+    if data is None:
+        return Context()
+    from mmcompress.data.examples import as_examples  # loads `datasets`, which recipe checks do without
+    from mmcompress.tasks._guess import guess_task
+
+    examples = as_examples(data)
+    return Context(task=guess_task(examples), train=examples)

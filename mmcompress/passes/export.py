@@ -1,0 +1,64 @@
+"""Exports the model's components to ONNX and compares them with torch on real examples."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mmcompress.errors import DataError
+from mmcompress.passes.base import Context, Pass
+
+if TYPE_CHECKING:
+    from mmcompress.model import CompressedModel
+
+
+class Export(Pass):
+    """Makes ``onnx/<component>.onnx`` with a dynamic batch axis; components that a quantizing pass already made are kept."""
+
+    changes: ClassVar[Literal["weights", "files"]] = "files"
+    makes_files: ClassVar[bool] = True
+
+    name: Literal["export"] = Field("export", alias="pass", description="The pass's name.")
+    format: Literal["onnx"] = Field("onnx", description="The format to export to.")
+    opset: int = Field(20, ge=18, le=23, description="Version of the ONNX operator set (18 to 23).")
+    keep_float: bool = Field(
+        False, description="Also write the float32 component where a quantized one already exists, for clients that want both."
+    )
+
+    def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
+        """Exports what is missing, then measures each component's difference to torch on calibration or training examples."""
+        from mmcompress.measure.rows import check_float_parity, parity  # needs torch
+        from mmcompress.quantization.onnx_export import export_component
+        from mmcompress.runtimes.onnx_predict import OnnxPredict
+
+        if context.workdir is None:
+            raise DataError("export: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
+        new = model.clone()
+        folder = Path(context.workdir) / "onnx"
+        if model.onnx is not None and model.onnx.resolve() != folder.resolve():
+            shutil.copytree(model.onnx, folder, dirs_exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        example = model.family.example_batch(model.module.config, 2)
+        parts = model.family.components(model.module)
+        for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
+            quantized = (folder / f"{name}_quantized.onnx").exists()
+            if not (folder / f"{name}.onnx").exists() and (self.keep_float or not quantized):
+                export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx", opset=self.opset)
+        new.onnx = folder
+        result: dict[str, Any] = {"files": {p.name: p.stat().st_size for p in sorted(folder.glob("*.onnx"))}}
+        examples = context.calibration if context.calibration is not None else context.train
+        if examples is not None and context.task is not None:
+            found = parity(model, OnnxPredict(folder), context.task, examples)
+            if not any((folder / f"{name}_quantized.onnx").exists() for name in parts):
+                check_float_parity(found, "export")
+            # A fact of this machine's kernels, not of the model: it stays out of the model's own files.
+            context.facts["parity"] = {name: one.model_dump() for name, one in found.items()}
+        else:
+            context.warnings.append("export: the recipe has no training or calibration data, so parity was not checked by the pass itself.")
+        return new, result
+
+
+PASS = Export

@@ -1,0 +1,86 @@
+"""Quantizes the exported components after training (PTQ): int8 weights and inputs where integer kernels pay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mmcompress.errors import DataError
+from mmcompress.passes.base import Context, Pass
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mmcompress.model import CompressedModel
+
+
+class Quantize(Pass):
+    """Exports each component, then quantizes it with onnxruntime.quantization into ``onnx/<component>_quantized.onnx``."""
+
+    changes: ClassVar[Literal["weights", "files"]] = "files"
+    makes_files: ClassVar[bool] = True
+
+    name: Literal["quantize"] = Field("quantize", alias="pass", description="The pass's name.")
+    scheme: Literal["int8-static", "int8-dynamic"] = Field(
+        "int8-static",
+        description="int8-static: ranges from calibration examples, QDQ nodes. int8-dynamic: ranges at run time, needs no data.",
+    )
+    samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static (8 to 100000).")
+    exclude: list[str] = Field(
+        default_factory=list,
+        description="Layers to leave in float: dotted module paths such as `visual_projection` or `encoder.layers.0`, globs allowed.",
+    )
+
+    def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
+        """Exports and quantizes; the torch model stays as it is."""
+        from dataclasses import asdict
+
+        from mmcompress.quantization.onnx_export import export_component  # needs torch
+        from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
+
+        if context.workdir is None:
+            raise DataError("quantize: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
+        new = model.clone()
+        folder, scratch = Path(context.workdir) / "onnx", Path(context.workdir) / "float"
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        example = model.family.example_batch(model.module.config, 2)
+        result: dict[str, Any] = {}
+        parts = model.family.components(model.module)
+        for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
+            source, target = scratch / f"{name}.onnx", folder / f"{name}_quantized.onnx"
+            export_component(part, {i: example[i] for i in part.inputs}, source)
+            if self.scheme == "int8-dynamic":
+                found = quantize_dynamic_int8(source, target, exclude=self.exclude)
+            else:
+                found = quantize_static_int8(source, target, self._calibration(model, context, part.inputs), exclude=self.exclude)
+            source.unlink()
+            result[name] = asdict(found)
+        new.onnx = folder
+        return new, {"components": result}
+
+    def _calibration(self, model: CompressedModel, context: Context, inputs: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+        """Real pairs in blocks, as one component's inputs; one block is in memory at a time."""
+        import torch
+
+        from mmcompress.data.prepare import prepared
+
+        task = context.need_task("quantize")
+        examples = context.need_calibration("quantize")
+        if len(examples) > self.samples:
+            chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(context.seed))[: self.samples]
+            examples = examples.take(sorted(chosen.tolist()))
+        for draw, (indices, pixels) in enumerate(prepared(examples, model.processor)):
+            rows = [
+                {**examples.without_image(int(i)), "pixel_values": torch.from_numpy(values)}
+                for i, values in zip(indices, pixels, strict=True)
+            ]
+            if rows:
+                batch = task.collate(rows, model.processor, examples, draw)
+                yield {name: batch[name].numpy() for name in inputs}
+
+
+PASS = Quantize

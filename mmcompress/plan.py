@@ -1,0 +1,112 @@
+"""What a recipe will do and about what it will cost, found without loading weights: for ``mmcompress check``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcompress.errors import RecipeError
+from mmcompress.families.base import Family
+from mmcompress.model import family_of, load_config
+from mmcompress.passes.base import Pass
+from mmcompress.recipe import Recipe
+
+FLOAT_BYTES = 4
+TRAINING_COPIES = 4
+"""Weights, gradients and the two moments of AdamW."""
+
+
+@dataclass
+class PlannedStep:
+    """One step's estimates.
+
+    Attributes:
+        flops: of one example through all components, 2 per multiply-add.
+        memory_bytes: of weights, gradients and optimizer states while the step runs; activations are not counted.
+        seconds: very rough, from the speed of one matrix product on this machine now; None where it cannot be told.
+    """
+
+    step: str
+    parameters: int
+    disk_bytes: int
+    flops: int
+    memory_bytes: int
+    seconds: float | None
+    sizes: dict[str, dict[str, int]]
+
+
+def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]:
+    """Estimates for the baseline and every pass.
+
+    Args:
+        train_examples: how many training examples there are, where that is known.
+
+    Raises:
+        RecipeError: a pass does not fit the model (an unknown tower, a ratio that leaves nothing), each with its key.
+        ModelError: the model's config cannot be read.
+    """
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    family = family_of(config, recipe.model)
+    sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
+    parameters, flops = _cost(family, config)
+    found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
+    mistakes: list[str] = []
+    rate = _flops_per_second()
+    for i, step in enumerate(recipe.passes):
+        wrong = step.check_against(family.towers, sizes)
+        if wrong:
+            mistakes += [f"passes.{i} ({step.name}): {text}" for text in wrong]
+            continue
+        sizes = step.plan(sizes)
+        before = found[-1].parameters
+        parameters, flops = _cost(family, family.resized_config(config, sizes))
+        trains = hasattr(step, "epochs")
+        disk = parameters * (1 if step.name in ("quantize", "qat") else FLOAT_BYTES)
+        memory = before * FLOAT_BYTES * (TRAINING_COPIES + (1 if step.name in ("distill", "qat") else 0) if trains else 2)
+        seconds = _seconds(step, flops, found[0].flops, train_examples, rate) if trains else None
+        found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, sizes))
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return found
+
+
+def _cost(family: Family, config: Any) -> tuple[int, int]:
+    """Parameters and FLOPs of a model that exists only as shapes."""
+    config = type(config).from_dict(config.to_dict())
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        module = family.model_class()(config).eval()
+    example = {k: v.to("meta") for k, v in family.example_batch(config, 1).items()}
+    total = 0
+    for part in family.components(module).values():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            part.module(*[example[i] for i in part.inputs])
+        total += int(counter.get_total_flops())
+    return sum(p.numel() for p in module.parameters()), total
+
+
+def _seconds(step: Pass, flops: int, baseline_flops: int, examples: int | None, rate: float) -> float | None:
+    settings: Any = step
+    if settings.max_steps is not None:
+        seen = settings.max_steps * settings.batch_size
+    elif examples is not None:
+        seen = settings.epochs * examples
+    else:
+        return None
+    # A backward pass costs about two forward passes; a teacher one of its own.
+    work = 3 * flops + (baseline_flops if step.name in ("distill", "qat") else 0)
+    return float(seen * work / rate)
+
+
+def _flops_per_second() -> float:
+    """Speed of a float32 matrix product here and now, times a half: layers are smaller and do more than multiply."""
+    a = torch.randn(768, 768)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 0.5 * 5 * 2 * 768**3 / (time.perf_counter() - start)

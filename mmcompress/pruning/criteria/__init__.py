@@ -1,0 +1,1 @@
+"""One file a criterion: what a unit or a layer is worth. Found by name on first use."""

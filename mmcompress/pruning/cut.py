@@ -1,0 +1,287 @@
+"""Cuts units and layers, and rebuilds a module of the new size.
+
+Torch-Pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900) finds what hangs together and cuts it; what is cut is
+decided here. Afterwards a fresh stock module is built from the family's config for the new sizes and given the cut
+weights, so that no attribute of the old sizes (number of heads, embed_dim) is left over.
+
+Shapes: U units of a group, C = U * block channels of its root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mmcompress.errors import ModelError, TrainingError
+from mmcompress.families.base import Family, UnitGroup
+from mmcompress.model import CompressedModel, reshape_like
+from mmcompress.pruning.criteria.base import Criterion, Probe
+from mmcompress.pruning.units import CoupledGroup, Shares, Slice, Tap
+
+
+class _SortedLayerNorm(tp.pruner.function.BasePruningFunc):
+    """Cuts a LayerNorm and keeps the order of what stays.
+
+    Torch-Pruning 1.6.1 reads the kept channels out of a set without sorting them, and a set of ints is not in order once
+    it is small beside its largest number: LayerNorm(768) cut to 256 comes out permuted, and the model silently wrong.
+    """
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+        keep = sorted(set(range(layer.normalized_shape[-1])) - set(idxs))
+        if layer.elementwise_affine:
+            layer.weight = self._prune_parameter_and_grad(layer.weight, keep, -1)
+            if layer.bias is not None:
+                layer.bias = self._prune_parameter_and_grad(layer.bias, keep, -1)
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(keep))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.LayerNorm) -> int:
+        return layer.normalized_shape[-1]
+
+    get_in_channels = get_out_channels
+
+
+def trace(family: Family, module: PreTrainedModel, tower: str) -> Any:
+    """Torch-Pruning's dependency graph of one tower, from one forward pass with random inputs on the CPU."""
+    module.requires_grad_(True)  # the graph is read off autograd's: a frozen weight would be missing from it
+    part, inputs, unwrapped = family.tracing(module, tower, family.example_batch(module.config, 2))
+    with torch.enable_grad():
+        return tp.DependencyGraph().build_dependency(
+            part,
+            inputs,
+            # Without it Torch-Pruning swallows an error of the forward pass and calls again with other arguments.
+            forward_fn=lambda traced, given: traced(*given),
+            unwrapped_parameters=[(p, p.dim() - 1) for p in unwrapped],
+            customized_pruners={nn.LayerNorm: _SortedLayerNorm()},
+            verbose=False,
+        )
+
+
+def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGroup:
+    """What goes with the units of a group.
+
+    Raises:
+        ModelError: the graph found less than a whole dimension of some weight, so that a cut would go wrong.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    slices: dict[tuple[int, int], Slice] = {}
+    readers: list[Tap] = []
+    norms: list[Tap] = []
+    for root in (group.root, *group.also):
+        for item in _pruning_group(graph, root, range(group.size)):
+            target = item.dep.target
+            index = torch.tensor(item.idxs)
+            unit = torch.tensor(item.root_idxs) // group.block
+            for parameter, dim in _cut_parameters(target, item.dep.handler.__name__):
+                if sorted(item.idxs) != list(range(parameter.shape[dim])):
+                    raise ModelError(
+                        f"prune: Torch-Pruning's graph couples {group.name} with only {len(set(item.idxs))} of "
+                        f"{parameter.shape[dim]} channels of {names.get(id(parameter))}; this axis cannot be cut safely"
+                    )
+                slices.setdefault((id(parameter), dim), Slice(names[id(parameter)], parameter, dim, index, unit))
+            if isinstance(target.module, nn.LayerNorm):
+                norms.append(Tap(target.module, "output", index, unit))
+            elif isinstance(target.module, nn.Linear) and item.dep.handler.__name__ == "prune_in_channels":
+                readers.append(Tap(target.module, "input", index, unit))
+    # On a residual stream every reader sits behind a LayerNorm, whose output it sees; q, k, v and fc1 would count it often.
+    taps = {id(tap.module): tap for tap in norms or readers}
+    return CoupledGroup(group, tuple(slices.values()), tuple(taps.values()))
+
+
+def _pruning_group(graph: Any, root: nn.Module, channels: Sequence[int]) -> Any:
+    return graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, list(channels))
+
+
+def _cut_parameters(target: Any, how: str) -> list[tuple[torch.Tensor, int]]:
+    """The parameters of a graph node with the dimension that a cut shortens."""
+    part = target.module
+    if isinstance(part, nn.Parameter):
+        return [(part, target.pruning_dim % part.dim())]
+    if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if how == "prune_in_channels":
+            return [(part.weight, 1)]
+        return [(part.weight, 0)] + ([(part.bias, 0)] if part.bias is not None else [])
+    if isinstance(part, nn.LayerNorm):
+        return [(p, 0) for p in (part.weight, part.bias) if p is not None]
+    if isinstance(part, nn.Embedding):
+        return [(part.weight, 1)]
+    if any(True for _ in part.parameters()):
+        raise ModelError(f"prune: do not know which weights of a {type(part).__name__} go with its units")
+    return []  # reshape, addition and the like
+
+
+def cut_units(graph: Any, group: UnitGroup, keep: Sequence[int]) -> None:
+    """Cuts all units but those in ``keep`` (unit numbers, not channels), and everything that goes with them."""
+    kept = set(keep)
+    drop = [u * group.block + i for u in range(group.size // group.block) if u not in kept for i in range(group.block)]
+    for root in (group.root, *group.also):
+        # The graph mostly finds query and key from value; a root that it did not reach is cut by a group of its own.
+        if drop and graph.get_out_channels(root) == group.size:
+            _pruning_group(graph, root, drop).prune()
+
+
+def best(scores: torch.Tensor, count: int) -> list[int]:
+    """The places of the ``count`` highest scores, in rising order; of equal scores the first ones."""
+    order = torch.sort(scores, descending=True, stable=True).indices[:count]
+    return sorted(int(i) for i in order)
+
+
+def choose_over_tower(scores: Sequence[torch.Tensor], total: int, step: int) -> list[list[int]]:
+    """Which units stay when all groups of a tower are ranked together.
+
+    Scores are divided by their group's mean, as magnitudes and gradients differ from layer to layer. Units go in chunks of
+    ``step`` (a group's best ones first), so that every group keeps a multiple of it, and at least one chunk.
+
+    Args:
+        scores: for each group a tensor of shape (U,).
+        total: how many units stay in all groups together.
+        step: what each group's count must be a multiple of.
+    """
+    chunks = []  # (first of its group, worth, group, size)
+    for number, own in enumerate(scores):
+        mean = own.mean()
+        ranked = torch.sort(own / mean if mean > 0 else own, descending=True).values
+        for place, part in enumerate(ranked.split(step)):
+            chunks.append((place == 0, float(part.mean()), number, len(part)))
+    counts = [0] * len(scores)
+    for first, _, number, size in sorted(chunks, key=lambda chunk: (not chunk[0], -chunk[1], chunk[2])):
+        if first or sum(counts) < total:
+            counts[number] += size
+    return [best(own, count) for own, count in zip(scores, counts, strict=True)]
+
+
+def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe) -> None:
+    """Cuts FFN units, heads or the residual width of ``model`` in place.
+
+    Raises:
+        ModelError: the graph does not couple the units as they must be.
+        TrainingError: a score is not a number.
+    """
+    graphs = {tower: trace(model.family, model.module, tower) for tower in shares.towers()}
+    coupled: list[CoupledGroup] = []
+    for tower, graph in graphs.items():
+        coupled += [couple(graph, model.module, group) for group in _groups(model, tower, shares.axis)]
+    model.module.to(probe.device)
+    scores = criterion.unit_scores(coupled, probe)
+    model.module.to("cpu")
+    scores = [_finite(s, c.group.name, c.units) for c, s in zip(coupled, scores, strict=True)]
+    for tower, graph in graphs.items():
+        own = [(c.group, s) for c, s in zip(coupled, scores, strict=True) if c.group.tower == tower]
+        for (group, _), keep in zip(own, _choose(own, tower, shares), strict=True):
+            cut_units(graph, group, keep)
+
+
+def _groups(model: CompressedModel, tower: str, axis: str) -> list[UnitGroup]:
+    """The groups that an axis cuts; a residual width goes with whole heads of every layer, at constant head size."""
+    heads = model.family.unit_groups(model.module, tower, "heads") if axis == "width" else []
+    return [*heads, *model.family.unit_groups(model.module, tower, axis)]
+
+
+def _choose(own: Sequence[tuple[UnitGroup, torch.Tensor]], tower: str, shares: Shares) -> list[list[int]]:
+    """For each group of one tower the units that stay."""
+    if shares.scope == "tower":
+        total = shares.kept(tower, sum(len(s) for _, s in own))
+        return choose_over_tower([s for _, s in own], total, shares.step)
+    if shares.axis != "width":
+        return [best(s, shares.kept(tower, len(s))) for _, s in own]
+    size = own[0][0].block
+    heads = shares.kept(tower, own[-1][0].size // size)
+    return [best(s, heads if group.axis == "heads" else heads * size) for group, s in own]
+
+
+def _finite(scores: torch.Tensor, what: str, units: int) -> torch.Tensor:
+    if tuple(scores.shape) != (units,):
+        raise ValueError(f"criterion: gave scores of shape {tuple(scores.shape)} for the {units} units of {what}")
+    if not bool(torch.isfinite(scores.double()).all()):
+        raise TrainingError(f"prune: scores of {what} are not numbers; are the weights and the data sound?")
+    return scores.detach().cpu().double()
+
+
+def prune_layers(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe) -> dict[str, list[int]]:
+    """Drops whole layers of ``model`` in place; returns for each tower the old numbers of the layers that stay.
+
+    Raises:
+        TrainingError: a score is not a number.
+    """
+    model.module.requires_grad_(True)
+    stacks = {tower: model.family.layers(model.module, tower) for tower in shares.towers()}
+    model.module.to(probe.device)
+    scores = criterion.layer_scores({tower: list(layers) for tower, layers in stacks.items()}, probe)
+    model.module.to("cpu")
+    kept = {}
+    for tower, layers in stacks.items():
+        own = _finite(scores[tower], f"the {tower} tower's layers", len(layers))
+        kept[tower] = best(own, shares.kept(tower, len(layers)))
+        for i in reversed(range(len(layers))):
+            if i not in kept[tower]:
+                del layers[i]
+    return kept
+
+
+def rebuild(model: CompressedModel, allow_custom: bool) -> None:
+    """Puts the cut weights of ``model`` into a fresh module of the family's stock class, in place.
+
+    Where no stock config has these shapes, the fresh module is shaped as `mmcompress.model.load` will do it.
+
+    Raises:
+        ModelError: no stock config has these shapes, and a custom model was not allowed.
+    """
+    old, family = model.module, model.family
+    config = family.shrunk_config(old)
+    model.custom = config is None
+    if config is None:
+        if not allow_custom:
+            raise ModelError(
+                f"prune: no config of {family.model_class().__name__} has these shapes (sizes differ between layers); cut the "
+                "same in every layer, or set allow_custom: true: then only mmcompress and ONNX runtimes load the result"
+            )
+        config = _custom_config(family, old)
+    weights = old.state_dict()
+    with torch.random.fork_rng(devices=[]):
+        # Building a module draws random weights: later steps must not depend on whether this one did.
+        fresh = family.model_class()(config)
+    if model.custom:
+        reshape_like(fresh, {name: list(values.shape) for name, values in weights.items()})
+    fresh.load_state_dict(weights, strict=True)
+    if fresh.config._attn_implementation != old.config._attn_implementation:
+        fresh.set_attn_implementation(old.config._attn_implementation)
+    if getattr(old, "generation_config", None) is not None:
+        fresh.generation_config = old.generation_config
+    model.module = fresh.eval()
+
+
+def _custom_config(family: Family, module: PreTrainedModel) -> PretrainedConfig:
+    """The config that a custom model's shapes are laid over: the old one, with the layers that are left."""
+    with torch.device("meta"):
+        stock = family.model_class()(module.config)
+    for tower in family.towers:
+        layers = family.layers(stock, tower)
+        del layers[len(family.layers(module, tower)) :]
+    config = family.shrunk_config(stock)
+    if config is None:
+        raise ModelError(f"prune: the family {family.name} finds no config for its own stock module")
+    return config
+
+
+def sizes(model: CompressedModel) -> dict[str, dict[str, int | list[int]]]:
+    """For each tower its sizes by axis, read from the module; a list of one number a layer where layers differ."""
+    found: dict[str, dict[str, int | list[int]]] = {}
+    for tower in model.family.towers:
+        found[tower] = {"depth": len(model.family.layers(model.module, tower))}
+        for axis in model.family.axes:
+            if axis != "depth":
+                units = [g.size // g.block for g in model.family.unit_groups(model.module, tower, axis)]
+                found[tower][axis] = units if len(set(units)) > 1 else units[0]
+    return found
+
+
+def smallest(found: Mapping[str, Mapping[str, int | list[int]]]) -> dict[str, dict[str, int]]:
+    """Sizes with the smallest layer's number where layers differ."""
+    return {t: {a: min(s) if isinstance(s, list) else s for a, s in axes.items()} for t, axes in found.items()}

@@ -1,0 +1,155 @@
+"""What the quantizers do to a graph besides quantizing it: preparing, counting, and int8 embedding tables.
+
+Shapes: V rows of an embedding table, D its width.
+"""
+
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from mmcompress.quantization.naming import is_excluded, module_path
+from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES
+
+PRODUCT_OPS = ("MatMul", "Gemm", "Conv")
+MIN_TABLE_BYTES = 65_536
+"""Smaller tables stay float: three more nodes a call for less than 50 kB of disk."""
+
+
+def file_bytes(path: Path) -> int:
+    """Size of an ONNX file together with the external data beside it, in bytes."""
+    folder = path.parent
+    model = onnx.load(path, load_external_data=False)
+    data = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return sum(part.stat().st_size for part in (path, *(folder / name for name in data)))
+
+
+def is_large(path: Path) -> bool:
+    """Whether a file has to keep its weights outside of the protobuf."""
+    return file_bytes(path) > EXTERNAL_DATA_LIMIT_BYTES
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a model, with external data in `<path>.data` when it is too large for one file."""
+    # Not ByteSize(): protobuf refuses to measure what is larger than it can hold.
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_LIMIT_BYTES:
+        # onnx appends to a data file that exists.
+        Path(f"{path}.data").unlink(missing_ok=True)
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, path)
+
+
+def prepare(source: Path, target: Path) -> None:
+    """Makes a file that ONNX Runtime's quantizers accept: constants folded, stale shapes dropped.
+
+    Symbolic shape inference is skipped: it costs the most time, fails on some graphs, and the quantizers need types
+    only, which the plain inference gives. The value infos are dropped because the dynamic quantizer turns Gemm into
+    MatMul with a transposed weight, and then trips over the weight's old shape.
+    """
+    large = is_large(source)
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        inferred = Path(scratch) / "inferred.onnx"
+        quant_pre_process(
+            str(source),
+            str(inferred),
+            skip_symbolic_shape=True,
+            save_as_external_data=large,
+            all_tensors_to_one_file=large,
+        )
+        model = onnx.load(inferred)
+    del model.graph.value_info[:]
+    save(model, target)
+
+
+def weight_names(model: onnx.ModelProto) -> set[str]:
+    """Names of the initializers."""
+    return {tensor.name for tensor in model.graph.initializer}
+
+
+def weighted_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """MatMul, Gemm and Conv nodes with a constant second operand: layers, as opposed to attention's products."""
+    weights = weight_names(model)
+    return [node for node in model.graph.node if node.op_type in PRODUCT_OPS and node.input[1] in weights]
+
+
+def free_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """MatMul nodes of two activations: attention's products."""
+    constants = weight_names(model)
+    dequantized = [n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+    constants.update(dequantized)
+    return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+
+
+def op_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of nodes of each operator, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def quantize_tables(model: onnx.ModelProto, exclude: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Stores embedding tables in int8 with one scale a row, in place.
+
+    `Gather(table, ids)` becomes `Cast(Gather(int8 table, ids)) * Gather(scales, ids)`, with scale = max|row| / 127.
+    Only the rows looked up are converted, so it costs no time. (A DequantizeLinear in front of the Gather, which is
+    what ONNX Runtime's own quantizer makes, converts all V x D numbers at every call.)
+
+    Args:
+        model: Changed in place. Tables of [V, D] float32, looked up along axis 0 by something computed.
+        exclude: Patterns of module paths to leave float, see `naming.matches`.
+
+    Returns:
+        The names of the tables that were replaced.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    lookups: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] in weights:
+            lookups.setdefault(node.input[0], []).append(node)
+    replaced = []
+    for name, nodes in lookups.items():
+        elsewhere = any(name in node.input for node in model.graph.node if node.op_type != "Gather")
+        constant = any(node.input[1] in weights for node in nodes)
+        excluded = any(is_excluded(module_path(node.name), exclude) for node in nodes)
+        if elsewhere or constant or excluded or any(_axis(node) for node in nodes) or not _is_table(weights[name]):
+            continue
+        _replace_table(model, weights[name], nodes)
+        replaced.append(name)
+    return tuple(replaced)
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
+
+
+def _is_table(tensor: onnx.TensorProto) -> bool:
+    count = int(np.prod(tensor.dims))
+    return tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and 4 * count >= MIN_TABLE_BYTES
+
+
+def _replace_table(model: onnx.ModelProto, tensor: onnx.TensorProto, nodes: list[onnx.NodeProto]) -> None:
+    name = tensor.name
+    table = numpy_helper.to_array(tensor)
+    largest = np.abs(table).max(axis=1, keepdims=True)
+    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)  # [V, 1]
+    rounded = np.clip(np.rint(table / scales), -127, 127).astype(np.int8)
+    model.graph.initializer.remove(tensor)
+    model.graph.initializer.append(numpy_helper.from_array(rounded, f"{name}_int8"))
+    model.graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scale"))
+    for node in nodes:
+        position = next(i for i, other in enumerate(model.graph.node) if other.name == node.name)
+        output, ids, stem = node.output[0], node.input[1], node.name
+        model.graph.node.remove(node)
+        added = [
+            helper.make_node("Gather", [f"{name}_int8", ids], [f"{output}_int8"], name=stem),
+            helper.make_node("Cast", [f"{output}_int8"], [f"{output}_unit"], f"{stem}_Cast", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}_scale", ids], [f"{output}_scale"], name=f"{stem}_scale"),
+            helper.make_node("Mul", [f"{output}_unit", f"{output}_scale"], [output], name=f"{stem}_Mul"),
+        ]
+        for offset, new in enumerate(added):
+            model.graph.node.insert(position + offset, new)

@@ -1,0 +1,210 @@
+"""Post-training int8 quantization of ONNX files, dynamic and static.
+
+Weights are int8, symmetric, one scale an output channel; activations are uint8, asymmetric, one scale a tensor. On
+x86 with VNNI that is the only mix with fast kernels in ONNX Runtime. LayerNorm, Softmax and the products inside of
+attention stay float.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from mmcompress.quantization import onnx_graph
+from mmcompress.quantization.naming import is_excluded, module_path, unmatched
+
+Feeds = Mapping[str, NDArray[Any]]
+"""One batch: an array for each of the graph's inputs."""
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What a quantizer did to a file.
+
+    Attributes:
+        bytes_before: Size of the source with its external data.
+        bytes_after: The same of the target.
+        quantized: Names of the MatMul, Gemm and Conv nodes that now multiply integers.
+        left_float: Names of those that have a weight and stayed float.
+        float_products: Number of float products of two activations (attention).
+        tables: Names of the embedding tables stored in int8.
+        unmatched_exclude: Exclude patterns that mean no layer of this file.
+        op_counts: Nodes of the target by operator.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    quantized: tuple[str, ...]
+    left_float: tuple[str, ...]
+    float_products: int
+    tables: tuple[str, ...] = ()
+    unmatched_exclude: tuple[str, ...] = ()
+    op_counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shrank(self) -> bool:
+        """Whether the target is smaller than the source: not so where float tables are most of the file."""
+        return self.bytes_after < self.bytes_before
+
+
+def quantize_dynamic_int8(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> QuantizationResult:
+    """Int8 with activation ranges taken anew at every call: no calibration data, but ranges cost time.
+
+    The range is of the whole batch, so an answer depends a little on what else is in its batch. Embedding tables are
+    stored in int8, one scale a row.
+
+    Args:
+        source: Float file, as `export_component` writes it.
+        target: Where to write.
+        exclude: Patterns of module paths to leave float, see `naming.matches`.
+
+    Raises:
+        ValueError: Nothing is left to quantize.
+    """
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        prepared = Path(scratch) / "prepared.onnx"
+        onnx_graph.prepare(source, prepared)
+        plan = _Plan.of(prepared, source, ("MatMul", "Gemm"), exclude)
+        quantize_dynamic(
+            str(prepared),
+            str(target),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=plan.excluded,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=onnx_graph.is_large(prepared),
+            extra_options={"MatMulConstBOnly": True},
+        )
+    return _finish(source, target, plan)
+
+
+def quantize_static_int8(
+    source: Path,
+    target: Path,
+    calibration: Iterable[Feeds],
+    *,
+    outputs: bool = False,
+    per_channel: bool = True,
+    quantize_conv: bool = False,
+    exclude: Sequence[str] = (),
+) -> QuantizationResult:
+    """Int8 with activation ranges (min and max) from calibration data, written as QDQ.
+
+    Only inputs and weights are quantized, so that ONNX Runtime multiplies integers and gives floats in one kernel
+    (MatMulIntegerToFloat). Embedding tables are stored in int8, one scale a row.
+
+    Args:
+        source: Float file, as `export_component` writes it.
+        target: Where to write.
+        calibration: Batches; read once, one at a time.
+        outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
+            that want it.
+        per_channel: Whether weights have a scale for each output channel, or one for all.
+        quantize_conv: Whether to quantize convolutions (the patch embedding), with their outputs: only then is there
+            an integer kernel for them.
+        exclude: Patterns of module paths to leave float, see `naming.matches`.
+
+    Raises:
+        ValueError: There is no calibration data, a batch lacks an input, or nothing is left to quantize.
+    """
+    ops = ("MatMul", "Gemm", "Conv") if quantize_conv else ("MatMul", "Gemm")
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        prepared = Path(scratch) / "prepared.onnx"
+        onnx_graph.prepare(source, prepared)
+        plan = _Plan.of(prepared, source, ops, exclude)
+        quantize_static(
+            str(prepared),
+            str(target),
+            _Reader(calibration, plan.inputs),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(ops),
+            nodes_to_quantize=plan.chosen,
+            per_channel=per_channel,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            use_external_data_format=onnx_graph.is_large(prepared),
+            extra_options={"OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"]},
+        )
+    return _finish(source, target, plan)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which nodes of a prepared file are to be quantized."""
+
+    inputs: tuple[str, ...]
+    chosen: list[str]
+    others: list[str]
+    excluded: list[str]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prepared: Path, source: Path, ops: tuple[str, ...], patterns: Sequence[str]) -> "_Plan":
+        model = onnx.load(prepared, load_external_data=False)
+        layers = onnx_graph.weighted_nodes(model)
+        chosen = [
+            node.name for node in layers if node.op_type in ops and not is_excluded(module_path(node.name), patterns)
+        ]
+        if not chosen:
+            raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
+        others = [node.name for node in layers if node.name not in chosen]
+        excluded = others + [node.name for node in onnx_graph.free_products(model)]
+        return cls(tuple(value.name for value in model.graph.input), chosen, others, excluded, tuple(patterns))
+
+
+class _Reader(CalibrationDataReader):
+    """Hands calibration batches on one at a time, and says what is wrong with them."""
+
+    def __init__(self, batches: Iterable[Feeds], inputs: tuple[str, ...]) -> None:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            raise ValueError("static quantization needs calibration data, and there is none")
+        self._batches: Iterator[Feeds] = chain([first], iterator)
+        self._inputs = inputs
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        batch = next(self._batches, None)
+        if batch is None:
+            return None
+        missing = [name for name in self._inputs if name not in batch]
+        if missing:
+            raise ValueError(f"calibration batch lacks {missing}; it has {sorted(batch)}")
+        return {name: np.asarray(batch[name]) for name in self._inputs}
+
+
+def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:
+    """Shrinks the tables of a quantized file, and counts what is in it."""
+    model = onnx.load(target)
+    before = {node.name for node in model.graph.node if node.op_type == "Gather"}
+    names = [*plan.chosen, *plan.others, *before]
+    replaced = onnx_graph.quantize_tables(model, plan.patterns)
+    if replaced:
+        onnx_graph.save(model, target)
+    # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.
+    float_names = {node.name.removesuffix("_MatMul") for node in onnx_graph.weighted_nodes(model)}
+    return QuantizationResult(
+        bytes_before=onnx_graph.file_bytes(source),
+        bytes_after=onnx_graph.file_bytes(target),
+        quantized=tuple(name for name in plan.chosen if name not in float_names),
+        left_float=tuple(name for name in (*plan.chosen, *plan.others) if name in float_names),
+        float_products=len(onnx_graph.free_products(model)),
+        tables=replaced,
+        unmatched_exclude=unmatched([module_path(name) for name in names], plan.patterns),
+        op_counts=onnx_graph.op_counts(model),
+    )

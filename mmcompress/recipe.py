@@ -1,0 +1,302 @@
+"""The recipe: its schema, loading from YAML, overrides, and errors that say where. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from mmcompress import registry
+from mmcompress.errors import RecipeError
+from mmcompress.recipe_errors import LineMap, explain
+
+SPLITS = ("train", "calibration", "eval")
+RUNTIMES = ("torch", "onnxruntime")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Source(_Strict):
+    """Where the examples of one split come from."""
+
+    path: str | list[str] | None = Field(
+        None,
+        description="A local Parquet, JSONL, CSV or WebDataset (.tar) file or a list of them, a folder of images, a Hugging Face hub id, "
+        "or `bundled:shapes`.",
+    )
+    from_: Literal["train", "eval"] | None = Field(
+        None, alias="from", description="Take the examples from another split instead of a path."
+    )
+    config: str | None = Field(None, description="The configuration of a hub data set that has several.")
+    split: str | None = Field(None, description="The split inside the path: of a hub data set, or train/validation/test of bundled data.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Role to column name, for roles image, text, label. Common names are found without it.",
+    )
+    classes: list[str] | None = Field(None, description="Class names in the order of the label numbers, where the data does not say.")
+    samples: int | None = Field(None, ge=1, description="Use this many examples, chosen by the recipe's seed. All where left out.")
+    skip_damaged: bool = Field(False, description="Skip and count pictures that do not decode, instead of stopping.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.from_ is None):
+            raise ValueError("needs exactly one of `path` and `from`")
+        return self
+
+
+class Data(_Strict):
+    """The three splits. Only `eval` is always needed; passes that train or calibrate need the others."""
+
+    train: Source | None = Field(None, description="Examples that training passes and data-driven criteria read.")
+    calibration: Source | None = Field(None, description="Examples for quantization ranges; `train` where left out.")
+    eval: Source = Field(description="Examples that every step is scored on. Never used for training or calibration.")
+
+
+class Gate(_Strict):
+    """A condition on quality, judged on the 95% interval: it is met only if the whole interval is on the right side."""
+
+    metric: str = Field(description="A metric of the task; `mmcompress list tasks <task>` shows them.")
+    max_drop: float | None = Field(None, ge=0, le=100, description="Largest allowed drop against the baseline, in points (0 to 100).")
+    min_value: float | None = Field(None, ge=0, le=100, description="Smallest allowed value, in points (0 to 100).")
+    on_miss: Literal["report", "rollback", "stop"] = Field(
+        "report",
+        description="report: judge the final model only, exit code 3 when missed. rollback: judge every step, undo one that misses and go "
+        "on from the step before. stop: judge every step and end the run at the first that misses.",
+    )
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.max_drop is None) == (self.min_value is None):
+            raise ValueError("needs exactly one of `max_drop` and `min_value`")
+        return self
+
+
+class ReportSettings(_Strict):
+    """What is measured, and how."""
+
+    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field([1, 8], min_length=1, description="Batch sizes that latency is measured at.")
+    threads: int = Field(2, ge=1, le=1024, description="Threads of every measurement.")
+    runtimes: list[Literal["torch", "onnxruntime"]] = Field(
+        ["torch", "onnxruntime"],
+        min_length=1,
+        description="Runtimes that every step is measured in. With both, the gain of the runtime and of compression stand apart.",
+    )
+    seconds: float = Field(2.0, gt=0, le=600, description="Time spent on each latency figure, in seconds (at least 20 calls are made).")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU.")
+    eval_batch_size: int = Field(64, ge=1, le=4096, description="Batch size while scoring.")
+
+
+class Recipe(_Strict):
+    """A model, a task with its data, and an ordered list of passes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="The run's name: letters, digits, dot, dash, underscore.")
+    model: str = Field(min_length=1, description="Hub id, local folder, or `bundled:<name>`.")
+    trust_remote_code: bool = Field(False, description="Let transformers run code that comes with the model. Off unless you say so.")
+    task: Any = Field(description="What the model is for; decides loss and metrics.")
+    data: Data
+    passes: list[Any] = Field(default_factory=list, description="The steps, run in this order; a pass may repeat.")
+    gates: list[Gate] = Field(default_factory=list, description="Conditions that the result must meet.")
+    report: ReportSettings = Field(default_factory=lambda: ReportSettings.model_validate({}))
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        made: str | None = None
+        for i, step in enumerate(self.passes):
+            if made and (step.changes == "weights" or step.name == "quantize"):
+                raise ValueError(
+                    f"passes.{i}: {step.name} after {made} would leave the ONNX files of {made} stale; move it before {made}"
+                )
+            if step.makes_files and step.name != "export":
+                made = step.name
+            missing = [s for s in step.uses if getattr(self.data, s) is None and not (s == "calibration" and self.data.train)]
+            if missing:
+                raise ValueError(f"passes.{i}: {step.name} reads data.{missing[0]}, which the recipe does not have")
+        for i, gate in enumerate(self.gates):
+            if gate.metric not in self.task.metrics:
+                raise ValueError(f"gates.{i}.metric: " + _one_of("metric", gate.metric, self.task.metrics))
+        for which in ("train", "calibration"):
+            source = getattr(self.data, which)
+            if source is not None and source.from_ in (which, "eval"):
+                raise ValueError(f"data.{which}.from: {source.from_!r} would read {'itself' if source.from_ == which else 'the test data'}")
+        if self.data.eval.from_ is not None:
+            raise ValueError("data.eval.from: scoring needs examples of its own; give a path")
+        return self
+
+
+def _one_of(what: str, found: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
+    from mmcompress.errors import one_of
+
+    return one_of(what, found, list(allowed))
+
+
+@cache
+def recipe_model() -> type[Recipe]:
+    """The schema with all passes and tasks that there are, those of other packages included."""
+    passes = tuple(registry.find("passes", n).PASS for n in registry.names("passes"))
+    tasks = tuple(registry.find("tasks", n).TASK for n in registry.names("tasks"))
+    some_pass = Annotated[Union[passes], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007  (made at run time)
+    some_task = Annotated[Union[tasks], Field(discriminator="type")]  # type: ignore[valid-type]  # noqa: UP007
+    fields: dict[str, Any] = {
+        "task": (some_task, Field(description=Recipe.model_fields["task"].description)),
+        "passes": (list[some_pass], Field(default_factory=list, description=Recipe.model_fields["passes"].description)),
+    }
+    return create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe_model().model_json_schema(by_alias=True)}
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every default written out."""
+    found: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, serialize_as_any=True)
+    return found
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe; nothing else is loaded.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.path=value`` each, as given to ``--set``; the value is YAML.
+
+    Raises:
+        RecipeError: with every mistake that was found, each with file, line, key, what was found and what is allowed.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise RecipeError(f"{file}: no such recipe") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{file}: cannot be read as a text file: {e}") from e
+    raw, lines = parse_yaml(text, str(file))
+    for override in overrides:
+        set_value(raw, override, lines)
+    return make_recipe(raw, lines, near=file.parent)
+
+
+def make_recipe(raw: Mapping[str, Any], lines: LineMap | None = None, near: Path | None = None) -> Recipe:
+    """Checks a recipe given as plain data.
+
+    Args:
+        near: relative paths that do not exist in the working directory are looked for here (the recipe's own folder).
+    """
+    where = lines or LineMap("recipe", {})
+    try:
+        recipe = recipe_model().model_validate(raw if near is None else _localise(raw, near))
+    except ValidationError as e:
+        raise RecipeError(explain(e, recipe_model(), where)) from e
+    return recipe
+
+
+def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], LineMap]:
+    """YAML to plain data and a map from key paths to line numbers. Repeated keys are errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple[str | int, ...], int] = {}
+        repeated = _walk(node, (), lines)
+        raw = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{file}{at}: is not valid YAML: {e.problem or e.context}") from e
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        raise RecipeError(f"{file}: is not valid YAML: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    if repeated is not None:
+        key, line = repeated
+        raise RecipeError(f"{file}, line {line}: the key {key!r} stands twice")
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise RecipeError(f"{file}: a recipe is a mapping of keys to values; found {found}")
+    return raw, LineMap(file, lines)
+
+
+def _walk(
+    node: yaml.Node | None, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]
+) -> tuple[str, int] | None:
+    """Fills ``lines``; returns the first repeated key with its line."""
+    if node is None:
+        return None
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen and name != "<<":
+                return name, line
+            seen.add(name)
+            lines[(*at, name)] = line
+            repeated = _walk(value, (*at, name), lines)
+            if repeated:
+                return repeated
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            repeated = _walk(value, (*at, i), lines)
+            if repeated:
+                return repeated
+    return None
+
+
+def set_value(raw: dict[str, Any], override: str, lines: LineMap) -> None:
+    """Applies one ``key.path=value`` to plain recipe data; list items are addressed by number (``passes.0.ratio``).
+
+    Raises:
+        RecipeError: the override has no ``=``, its value is not YAML, or its path leads through something that is no mapping or list.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"--set {override}: allowed: key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from e
+    keys = [int(k) if k.isdigit() else k for k in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+    lines.overridden[tuple(keys)] = override
+    here: Any = raw
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        shown = ".".join(map(str, keys[: i + 1]))
+        if isinstance(here, list):
+            if not isinstance(key, int) or key >= len(here):
+                raise RecipeError(f"--set {override}: {shown} is no item of the list; allowed: 0 to {len(here) - 1}")
+        elif not isinstance(here, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(map(str, keys[:i]))} holds {here!r}, which has no keys")
+        else:
+            key = str(key)
+        if last:
+            here[key] = value
+        else:
+            if isinstance(here, dict) and here.get(key) is None:
+                here[key] = {}
+            here = here[key]
+
+
+def _localise(raw: Mapping[str, Any], near: Path) -> dict[str, Any]:
+    """Rewrites relative paths that exist beside the recipe but not in the working directory."""
+
+    def local(value: Any) -> Any:
+        if isinstance(value, list):
+            return [local(v) for v in value]
+        if isinstance(value, str) and ":" not in value and not Path(value).exists() and (near / value).exists():
+            return str(near / value)
+        return value
+
+    found = dict(raw)
+    if isinstance(found.get("model"), str):
+        found["model"] = local(found["model"])
+    if isinstance(found.get("data"), dict):
+        found["data"] = {
+            which: {**source, "path": local(source["path"])} if isinstance(source, dict) and "path" in source else source
+            for which, source in found["data"].items()
+        }
+    return found

@@ -1,0 +1,150 @@
+"""From measured rows to the report: gates, notes, the gain taken apart, the headline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmcompress.recipe import Gate
+from mmcompress.report.schema import Gain, GateResult, Row, Totals
+
+
+def judge(gate: Gate, row: Row) -> GateResult:
+    """Judges one gate on one row by the whole 95% interval."""
+    if gate.max_drop is not None:
+        change = row.change.get(gate.metric)
+        # The baseline itself has no change; it meets every drop.
+        difference, low, high = (change.difference, change.low, change.high) if change else (0.0, 0.0, 0.0)
+        limit, what = -gate.max_drop, f"{gate.metric} changed by {_points(difference)} points"
+        said = f"at most {gate.max_drop:g} points may be lost"
+    else:
+        value = row.quality[gate.metric]
+        low, high, limit = value.low, value.high, gate.min_value or 0.0
+        what, said = f"{gate.metric} is {100 * value.value:.2f}", f"at least {limit:g} is asked for"
+    met, missed = 100 * low >= limit, 100 * high < limit
+    verdict = "met" if met else "missed" if missed else "not shown"
+    interval = f"95% interval {_points(low)} to {_points(high)}" if gate.max_drop is not None else f"{100 * low:.2f} to {100 * high:.2f}"
+    words = f"{what} ({interval}); {said}: {verdict}"
+    if verdict == "not shown":
+        words += " (the interval holds the limit; more evaluation examples would decide)"
+    return GateResult(
+        metric=gate.metric,
+        step=row.step,
+        runtime=row.runtime,
+        max_drop=gate.max_drop,
+        min_value=gate.min_value,
+        verdict=verdict,
+        words=words,
+        on_miss=gate.on_miss,
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def shipping_row(rows: Sequence[Row], step: str, makes_files: bool) -> Row:
+    """The row that stands for a step: the ONNX one where the step made ONNX files, else torch (or what there is)."""
+    own = [row for row in rows if row.step == step]
+    wanted = "onnxruntime" if makes_files else "torch"
+    return next((row for row in own if row.runtime == wanted), own[0])
+
+
+def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
+    """Says in words where a step made the model slower, larger, or no smaller than the same runtime's row before it."""
+    if before is None:
+        return
+    if row.disk_bytes >= before.disk_bytes and row.parameters >= before.parameters and shrinks:
+        row.notes.append(f"Not smaller than {before.step}: {before.disk_bytes:,} bytes before, {row.disk_bytes:,} now.")
+    for batch, now in row.latency_ms.items():
+        was = before.latency_ms.get(batch)
+        if was is None:
+            continue
+        if now.low > was.high and now.p50 > 1.03 * was.p50:
+            row.notes.append(
+                f"Slower than {before.step} at batch {batch}: {now.p50:.2f} ms against {was.p50:.2f} ms ({now.p50 / was.p50:.2f}x)."
+            )
+    for name, found in row.parity.items():
+        if found.min_cosine < 0.9:
+            row.notes.append(
+                f"{name}: on at least one real example the output has a cosine of only {found.min_cosine:.3f} with torch's."
+            )
+    for metric, change in row.change.items():
+        if change.verdict == "worse":
+            row.notes.append(
+                f"{metric} is worse than the baseline's by {abs(100 * change.difference):.2f} points "
+                f"(95% interval {_points(change.low)} to {_points(change.high)})."
+            )
+
+
+def totals(rows: Sequence[Row], *, name: str, metric: str, final: Row | None, finished: bool, synthetic: bool) -> Totals:
+    """The run in a few numbers.
+
+    Args:
+        final: the row of the model that the run ends with; None where nothing but the baseline was measured.
+    """
+    baseline = next((row for row in rows if row.step == "baseline" and row.runtime == "torch"), rows[0] if rows else None)
+    seconds = sum({row.step: row.seconds for row in rows}.values())
+    if baseline is None or final is None:
+        text = f"{name}: not finished; nothing was compressed yet." if not finished else f"{name}: no pass was run."
+        return Totals(headline=text, finished=finished, metric=metric, seconds=seconds, synthetic=synthetic)
+    gains = {batch: _gain(rows, final, batch) for batch in final.latency_ms}
+    return Totals(
+        headline=_headline(name, baseline, final, gains, metric, finished),
+        finished=finished,
+        final_step=final.step,
+        final_runtime=final.runtime,
+        metric=metric,
+        parameters_ratio=final.parameters / baseline.parameters,
+        disk_ratio=final.disk_bytes / baseline.disk_bytes,
+        flops_ratio=final.flops / baseline.flops if final.flops and baseline.flops else None,
+        speedup=gains,
+        seconds=seconds,
+        synthetic=synthetic,
+    )
+
+
+def _gain(rows: Sequence[Row], final: Row, batch: str) -> Gain:
+    def p50(step: str, runtime: str) -> float | None:
+        row = next((r for r in rows if r.step == step and r.runtime == runtime), None)
+        return row.latency_ms[batch].p50 if row is not None and batch in row.latency_ms else None
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return above / below if above and below else None
+
+    torch, onnx = p50("baseline", "torch"), p50("baseline", "onnxruntime")
+    torch_final = p50(final.step, "torch")
+    if torch_final is None:
+        # Steps that make files leave the torch model as it is: the last torch row before them is its own.
+        last = [r for r in rows if r.runtime == "torch" and not r.rolled_back]
+        torch_final = last[-1].latency_ms[batch].p50 if last and batch in last[-1].latency_ms else None
+    return Gain(
+        runtime=ratio(torch, onnx),
+        compression=ratio(onnx, p50(final.step, "onnxruntime")),
+        compression_torch=ratio(torch, torch_final),
+        total=ratio(torch or onnx, p50(final.step, final.runtime)),
+    )
+
+
+def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metric: str, finished: bool) -> str:
+    parts = [
+        f"{_millions(baseline.parameters)} to {_millions(final.parameters)} parameters",
+        f"{baseline.disk_bytes / 1e6:.1f} to {final.disk_bytes / 1e6:.1f} MB on disk",
+    ]
+    batch, gain = next(iter(gains.items()), (None, None))
+    if gain is not None and gain.total is not None:
+        word = f"{gain.total:.1f}x as fast at batch {batch}"
+        if gain.runtime is not None and gain.compression is not None and final.runtime == "onnxruntime":
+            word += f" ({gain.runtime:.1f}x by the runtime, {gain.compression:.1f}x by compression)"
+        parts.append(word)
+    if metric in baseline.quality and metric in final.quality:
+        was, now = baseline.quality[metric], final.quality[metric]
+        text = f"{metric} {100 * was.value:.1f} to {100 * now.value:.1f}"
+        change = final.change.get(metric)
+        if change is not None:
+            text += f" ({_points(change.difference)} points, 95% interval {_points(change.low)} to {_points(change.high)}, n = {change.n})"
+        parts.append(text)
+    return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + "."
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 100_000 else f"{count:,}"

@@ -1,0 +1,112 @@
+"""The model card: a README.md with Hugging Face metadata that says only what was measured or written in the recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from mmcompress.report.format import BASELINE, RUNTIMES, fill_template, final_row, headline_metric, row_name, speeds
+from mmcompress.report.html import subtitle
+from mmcompress.report.markdown import cost_table, escape_markdown, fence, render_table, results_table
+from mmcompress.report.schema import Report, Row
+from mmcompress.report.text import SYNTHETIC, bad_news, gate_words, speed_words
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def render_card(report: Report) -> str:
+    """The model card of a run, for the run's own folder."""
+    final, model = final_row(report), _model_row(report)
+    shown = [row for row in report.rows if row.step == BASELINE or (final is not None and row.step == final.step)]
+    made = cost_table(report)
+    values = {
+        "metadata": yaml.safe_dump(metadata(report), sort_keys=False, allow_unicode=True, width=110),
+        "report": report,
+        "synthetic": SYNTHETIC if report.totals.synthetic else "",
+        "subtitle": subtitle(report),
+        "alerts": bad_news(report),
+        "gates": gate_words(report),
+        "speeds": [speed_words(report, s) for s in speeds(report) if s.ratio is not None],
+        "model_class": model_class(str(report.recipe.get("model", ""))),
+        "loads_with": model.loads_with if model else "",
+        "has_onnx": final is not None and any(r.runtime != "torch" for r in shown if r.step == final.step),
+        "final": row_name(final) if final else "",
+        "results": render_table(results_table(report.model_copy(update={"rows": shown}))) if shown else "",
+        "made": render_table(made) if made else "",
+        "environment": [(k, v) for k, v in report.environment.items() if not isinstance(v, dict | list)],
+    }
+    filters = {"md": escape_markdown, "fence": fence}
+    return re.sub(r"\n{3,}", "\n\n", fill_template("card.md.j2", filters, values)).strip() + "\n"
+
+
+def metadata(report: Report) -> dict[str, Any]:
+    """The card's YAML header, as https://huggingface.co/docs/hub/model-cards describes it.
+
+    ``base_model`` is written only where the recipe names a model of the hub, and the licence is never guessed.
+    """
+    recipe = report.recipe
+    model, task = str(recipe.get("model", "")), recipe.get("task")
+    kind = str(task.get("type", "")) if isinstance(task, dict) else ""
+    kept = _kept_passes(report)
+    found: dict[str, Any] = {"license": "unknown"}
+    last = _model_row(report)
+    if last is None or last.loads_with == "transformers":
+        found["library_name"] = "transformers"
+    if _HUB_ID.fullmatch(model):
+        found["base_model"] = model
+        if "quantize" in kept:
+            found["base_model_relation"] = "quantized"
+    if kind:
+        found["pipeline_tag"] = kind
+    runtimes = {row.runtime for row in report.rows if not row.rolled_back and row.step != BASELINE}
+    extra = [tag for tag, runtime in (("onnx", "onnxruntime"), ("openvino", "openvino")) if runtime in runtimes]
+    found["tags"] = list(dict.fromkeys(["mmcompress", *kept, *extra, *(["synthetic"] if report.totals.synthetic else [])]))
+    results = _results(report, kind)
+    if results:
+        found["model-index"] = [{"name": report.name, "results": results}]
+    return found
+
+
+def _results(report: Report, kind: str) -> list[dict[str, Any]]:
+    final = final_row(report)
+    if final is None or not final.quality:
+        return []
+    data = report.recipe.get("data")
+    held_out = data.get("eval") if isinstance(data, dict) else None
+    name = held_out.get("path") if isinstance(held_out, dict) else held_out
+    name = str(name) if name else "not recorded"
+    headline = headline_metric(report)
+    metrics = [
+        {
+            "type": metric,
+            "value": round(quality.value, 6),
+            "name": f"{metric} ({RUNTIMES[final.runtime]}, {final.precision}, n = {quality.n})",
+        }
+        for metric, quality in sorted(final.quality.items(), key=lambda item: item[0] != headline)
+    ]
+    return [{"task": {"type": kind or "other"}, "dataset": {"name": name, "type": name}, "metrics": metrics}]
+
+
+def _kept_passes(report: Report) -> list[str]:
+    """The names of the passes whose step was measured and not undone; steps are called ``<number>-<pass>``."""
+    steps = {row.step for row in report.rows if not row.rolled_back and row.step != BASELINE}
+    return list(dict.fromkeys(step.split("-", 1)[-1] for step in sorted(steps, key=_number)))
+
+
+def _number(step: str) -> tuple[int, str]:
+    head = step.split("-", 1)[0]
+    return (int(head) if head.isdigit() else 0, step)
+
+
+def _model_row(report: Report) -> Row | None:
+    """The row of what lies in ``model/``: the last torch model that was kept."""
+    rows = [row for row in report.rows if row.runtime == "torch" and not row.rolled_back and row.step != BASELINE]
+    return rows[-1] if rows else None
+
+
+def model_class(model: str) -> str:
+    """``CLIPModel`` where the model's name says so; the report names no family, and ``AutoModel`` always works."""
+    name = model.rsplit("/", 1)[-1].rsplit(":", 1)[-1].lower()
+    return "CLIPModel" if re.match(r"(shapes-)?clip(-|$)", name) else "AutoModel"

@@ -1,0 +1,371 @@
+"""Pictures as inline SVG, drawn here so that they take the page's colours in light, dark and print.
+
+Text stays text, ids are counted up from a given key, and nothing depends on the clock: equal points give equal strings.
+Lengths are in the picture's own units; 480 of them span a phone's width, on which 13 units of text stay readable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 480, 350
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 30, 44
+LETTER, LINE = 7.0, 14.0
+"""Width and height of a letter of a label, for finding room; a little more than the real ones."""
+LARGEST = 13.0
+"""Radius of the largest bubble."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in one runtime.
+
+    Attributes:
+        weight: the bubble's area is proportional to it.
+        series: 0 to 7, the colour.
+        shape: ``circle``, ``square`` or ``diamond``.
+        hollow: drawn as an outline, for baselines.
+        ghost: drawn dashed and left out of paths and fronts, for steps that were rolled back.
+        strong: the label is bold, for final models.
+        tip: what is shown on hovering.
+    """
+
+    x: float
+    y: float
+    label: str
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+    weight: float = 1.0
+    series: int = 0
+    shape: str = "circle"
+    hollow: bool = False
+    ghost: bool = False
+    strong: bool = False
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the picture is called and how its axes are written."""
+
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    y_text: Callable[[float], str] = field(default=lambda v: f"{v:g}")
+    higher_is_better: bool = True
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def pareto_front(points: Sequence[Point], higher_is_better: bool = True) -> list[int]:
+    """The indices of the points that no other point beats in both x (less is better) and y, from left to right.
+
+    Ghosts are left out. Of equal points the first one stays.
+    """
+    sign = 1 if higher_is_better else -1
+    order = sorted((p.x, -sign * p.y, i) for i, p in enumerate(points) if not p.ghost)
+    front: list[int] = []
+    best = math.inf
+    for _, loss, i in order:
+        if loss < best:
+            front.append(i)
+            best = loss
+    return front
+
+
+def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Sequence[int]] = (), front: bool = False) -> Markup:
+    """A scatter picture with intervals, bubbles and labels that do not lie on one another.
+
+    The y axis holds the baselines and final models with room around them. A point far outside, such as a model right
+    after a cut, would squeeze all others together: it is put at the edge, with an arrow and its value.
+
+    Args:
+        key: makes the picture's ids unique on the page.
+        paths: indices of points to be joined by a thin line.
+        front: whether the Pareto front is drawn, as steps.
+    """
+    if not points:
+        return Markup("")
+    to_x, x_ticks = _axis(0.0, max(p.x_interval[1] if p.x_interval else p.x for p in points) * 1.06, LEFT, WIDTH - RIGHT)
+    low, high = _window(points)
+    room = 0.06 * (high - low)
+    to_y, y_ticks = _axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
+    off = {i for i, p in enumerate(points) if not low <= p.y <= high}
+    points = [_at_edge(p, low, high, axes) if i in off else p for i, p in enumerate(points)]
+    places = [(to_x(p.x), to_y(p.y), _radius(p, points)) for p in points]
+    parts = [*_grid(axes, x_ticks, y_ticks, to_x, to_y)]
+    for path in paths:
+        line = " ".join(f"{places[i][0]:.1f},{places[i][1]:.1f}" for i in path if i not in off)
+        parts.append(Markup('<polyline class="path s{}" points="{}"/>').format(points[path[0]].series, line))
+    if front:
+        parts.append(_front(points, places, axes.higher_is_better))
+    bars = [b for p in points for b in _bars(p, to_x, to_y)]
+    parts += [bar for bar, _ in bars]
+    # Large bubbles first, so that small ones stay in sight.
+    for i in sorted(range(len(points)), key=lambda i: -places[i][2]):
+        parts.append(_bubble(points[i], *places[i]))
+    parts += _labels(points, places, [box for _, box in bars])
+    return Markup(
+        '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-desc">'
+        '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>{}</svg>'
+    ).format(WIDTH, HEIGHT, key, key, key, axes.title, key, axes.description, Markup("").join(parts))
+
+
+def _window(points: Sequence[Point]) -> tuple[float, float]:
+    def ends(p: Point) -> tuple[float, float]:
+        return p.y_interval or (p.y, p.y)
+
+    main = [p for p in points if p.strong or p.hollow] or list(points)
+    low, high = min(ends(p)[0] for p in main), max(ends(p)[1] for p in main)
+    reach = 2.5 * (high - low)
+    inside = [p for p in points if low - reach <= p.y <= high + reach] if reach > 0 else list(points)
+    low, high = min(ends(p)[0] for p in inside), max(ends(p)[1] for p in inside)
+    if high > low:
+        return low, high
+    half = abs(high) * 0.05 or 0.01
+    return low - half, high + half
+
+
+def _at_edge(point: Point, low: float, high: float, axes: Axes) -> Point:
+    arrow = "↓" if point.y < low else "↑"
+    edge = low if point.y < low else high
+    return replace(point, y=edge, y_interval=None, label=f"{point.label} {arrow} {axes.y_text(point.y)}")
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axis(low: float, high: float, start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
+    if high <= low:
+        high = low + 1.0
+    return (lambda v: start + (v - low) / (high - low) * (end - start)), ticks(low, high)
+
+
+def _radius(point: Point, points: Sequence[Point]) -> float:
+    largest = max(p.weight for p in points)
+    if min(p.weight for p in points) == largest:
+        return 6.5
+    return max(4.0, LARGEST * math.sqrt(point.weight / largest)) if largest > 0 else 5.0
+
+
+def _grid(
+    axes: Axes,
+    x_ticks: list[float],
+    y_ticks: list[float],
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+) -> list[Markup]:
+    floor, parts = HEIGHT - BOTTOM, []
+    for y in y_ticks:
+        parts.append(
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, to_y(y), to_y(y))
+        )
+        parts.append(
+            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                LEFT - 7, to_y(y) + 4, axes.y_text(y)
+            )
+        )
+    for x in x_ticks:
+        parts.append(
+            Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(to_x(x), to_x(x), floor, floor + 4)
+        )
+        parts.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(to_x(x), floor + 18, f"{x:,g}")
+        )
+    parts.append(Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, floor, floor))
+    parts.append(
+        Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(WIDTH - RIGHT, HEIGHT - 8, axes.x_label)
+    )
+    parts.append(Markup('<text class="name" x="{}" y="15">{}</text>').format(4, axes.y_label))
+    return parts
+
+
+def _front(points: Sequence[Point], places: Sequence[tuple[float, float, float]], higher_is_better: bool) -> Markup:
+    corners: list[str] = []
+    for i in pareto_front(points, higher_is_better):
+        x, y, _ = places[i]
+        if corners:
+            corners.append(f"{x:.1f},{corners[-1].split(',')[1]}")
+        corners.append(f"{x:.1f},{y:.1f}")
+    corners.append(f"{WIDTH - RIGHT},{corners[-1].split(',')[1]}" if corners else "")
+    return Markup('<polyline class="front" points="{}"/>').format(" ".join(corners))
+
+
+def _bars(point: Point, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> list[tuple[Markup, Box]]:
+    x, y = to_x(point.x), to_y(point.y)
+    found: list[tuple[Markup, Box]] = []
+    shape = Markup('<line class="bar s{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    if point.y_interval:
+        low, high = (to_y(v) for v in point.y_interval)
+        found.append((shape.format(point.series, x, x, low, high), (x - 1, high, x + 1, low)))
+    if point.x_interval:
+        left, right = (to_x(v) for v in point.x_interval)
+        found.append((shape.format(point.series, left, right, y, y), (left, y - 1, right, y + 1)))
+    return found
+
+
+def outline(shape: str, x: float, y: float, r: float) -> Markup:
+    """A marker's shape, without class; squares and diamonds have the area of the circle."""
+    if shape == "square":
+        half = r * math.sqrt(math.pi) / 2
+        return Markup('rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="1"').format(
+            x - half, y - half, 2 * half, 2 * half
+        )
+    if shape == "diamond":
+        d = r * math.sqrt(math.pi / 2)
+        path = f"M{x:.1f} {y - d:.1f}L{x + d:.1f} {y:.1f}L{x:.1f} {y + d:.1f}L{x - d:.1f} {y:.1f}Z"
+        return Markup('path d="{}"').format(path)
+    return Markup('circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}"').format(x, y, r)
+
+
+def _bubble(point: Point, x: float, y: float, r: float) -> Markup:
+    kind = "ghost" if point.ghost else "hollow" if point.hollow else "full"
+    return Markup('<{} class="dot {} s{}"><title>{}</title></{}>').format(
+        outline(point.shape, x, y, r), kind, point.series, point.tip or point.label,
+        {"square": "rect", "diamond": "path"}.get(point.shape, "circle"),
+    )  # fmt: skip
+
+
+def _labels(points: Sequence[Point], places: Sequence[tuple[float, float, float]], bars: Sequence[Box]) -> list[Markup]:
+    """Puts each label where it covers least, the most important ones first."""
+    taken: list[Box] = []
+    circles = [(x - r, y - r, x + r, y + r) for x, y, r in places]
+    parts = []
+    done: list[int] = []
+    order = sorted(range(len(points)), key=lambda i: (not points[i].strong, not points[i].hollow, i))
+    for i in order:
+        # One name is enough for the same step in two runtimes that lie on one another.
+        if not points[i].label or any(
+            points[j].label == points[i].label and math.dist(places[i][:2], places[j][:2]) < 9 for j in done
+        ):
+            continue
+        done.append(i)
+        text = points[i].label if len(points[i].label) <= 24 else points[i].label[:23] + "…"
+        box, distance = _free_place(text, points[i].strong, places[i], taken, circles, bars)
+        taken.append(box)
+        x, y, r = places[i]
+        if distance > 9:
+            near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+            away = math.hypot(near_x - x, near_y - y) or 1.0
+            start = (x + (near_x - x) * r / away, y + (near_y - y) * r / away)
+            parts.append(
+                Markup('<line class="leader" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(*start, near_x, near_y)
+            )
+        parts.append(
+            Markup('<text class="label{}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
+                " strong" if points[i].strong else "", (box[0] + box[2]) / 2, box[3] - 3.5, escape(text)
+            )
+        )
+    return parts
+
+
+def _free_place(
+    text: str,
+    strong: bool,
+    place: tuple[float, float, float],
+    taken: Sequence[Box],
+    circles: Sequence[Box],
+    bars: Sequence[Box],
+) -> tuple[Box, float]:
+    x, y, r = place
+    wide = len(text) * LETTER * (1.08 if strong else 1.0) + 4
+    best: tuple[float, Box, float] | None = None
+    for distance in (4.0, 9.0, 16.0, 26.0, 38.0, 52.0, 68.0, 86.0):
+        for turn in range(16):
+            angle = turn * math.tau / 16
+            dx, dy = math.cos(angle), -math.sin(angle)
+            cx = x + dx * (r + distance + wide / 2)
+            cy = y + dy * (r + distance + LINE / 2)
+            box = (cx - wide / 2, cy - LINE / 2, cx + wide / 2, cy + LINE / 2)
+            if box[0] < LEFT + 1 or box[2] > WIDTH - 2 or box[1] < TOP - 8 or box[3] > HEIGHT - BOTTOM - 1:
+                continue
+            cost = 10 * sum(_overlap(box, b) for b in taken) + 4 * sum(_overlap(box, b) for b in circles)
+            cost += 2 * sum(_overlap(box, b) for b in bars) + 1.2 * distance + 1.5 * min(turn % 8, 8 - turn % 8)
+            if best is None or cost < best[0]:
+                best = (cost, box, distance)
+    if best is None:
+        return (x, y - LINE, x + wide, y), 0.0
+    return best[1], best[2]
+
+
+def _overlap(a: Box, b: Box) -> float:
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return wide * high if wide > 0 and high > 0 else 0.0
+
+
+def value_bar(value: float, full: float, before: float | None = None, series: int = 1) -> Markup:
+    """A horizontal bar from zero; what was gained since ``before`` is an outline, what was added a lighter piece.
+
+    For tables: decoration beside a number, hidden from screen readers.
+    """
+    scale = 176 / full if full > 0 else 0.0
+    parts = [Markup('<rect class="track" x="0" y="4" width="176" height="10" rx="2"/>')]
+    if before is not None and before > value:
+        parts.append(
+            Markup('<rect class="gone" x="{:.1f}" y="4.5" width="{:.1f}" height="9"/>').format(
+                value * scale, (before - value) * scale
+            )
+        )
+    parts.append(
+        Markup('<rect class="dot full s{}" x="0" y="4" width="{:.1f}" height="10" rx="2"/>').format(
+            series, max(value * scale, 1.5)
+        )
+    )
+    if before is not None and before < value:
+        parts.append(
+            Markup('<rect class="added" x="{:.1f}" y="4" width="{:.1f}" height="10"/>').format(
+                before * scale, (value - before) * scale
+            )
+        )
+    return _inline(parts)
+
+
+def interval_bar(low: float, value: float, high: float, span: tuple[float, float], before: float | None = None) -> Markup:
+    """A dot with its interval on an axis whose zero (the baseline) is marked; all rows of a table share ``span``.
+
+    A value outside of the span is an arrow at the edge.
+    """
+    start, end = min(span[0], 0.0), max(span[1], 0.0)
+    if end <= start:
+        end = start + 1.0
+
+    def place(v: float) -> float:
+        return 8 + (min(max(v, start), end) - start) / (end - start) * 160
+
+    tone = "bad" if high < 0 else "good" if low > 0 else "even"
+    parts = [Markup('<line class="zero" x1="{:.1f}" x2="{:.1f}" y1="0" y2="18"/>').format(place(0), place(0))]
+    if before is not None:
+        parts.append(Markup('<line class="leader" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(place(before), place(value)))
+    if not start <= value <= end:
+        tip = 1 if value < start else 175
+        arrow = f"M{tip} 9L{tip + (8 if tip == 1 else -8)} 4V14Z"
+        return _inline([*parts, Markup('<path class="mean {}" d="{}"/>').format(tone, arrow)])
+    parts.append(Markup('<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(tone, place(low), place(high)))
+    parts.append(Markup('<circle class="mean {}" cx="{:.1f}" cy="9" r="4.5"/>').format(tone, place(value)))
+    return _inline(parts)
+
+
+def _inline(parts: Iterable[Markup]) -> Markup:
+    return Markup('<svg class="inline" viewBox="0 0 176 18" aria-hidden="true" focusable="false">{}</svg>').format(
+        Markup("").join(parts)
+    )
+
+
+def marker(shape: str, series: int, kind: str = "full") -> Markup:
+    """A marker by itself, for legends."""
+    return Markup(
+        '<svg class="key" viewBox="0 0 16 16" aria-hidden="true" focusable="false"><{} class="dot {} s{}"/></svg>'
+    ).format(outline(shape, 8, 8, 5), kind, series)

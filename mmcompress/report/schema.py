@@ -1,0 +1,183 @@
+"""The data model of ``report.json``. Its JSON Schema is printed by ``mmcompress schema --report``.
+
+Quality values are shares between 0 and 1 unless a metric's description says otherwise; differences are compressed model
+minus baseline, in the metric's own unit. Torch-free, so that finished reports are read fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT_VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+
+class Latency(_Model):
+    """Time of one call, in milliseconds, over the repetitions of one process."""
+
+    p50: float = Field(description="Median, ms.")
+    p90: float = Field(description="90th percentile, ms.")
+    p99: float = Field(description="99th percentile, ms.")
+    low: float = Field(description="Lower end of the 95% interval of the median (order statistics), ms.")
+    high: float = Field(description="Upper end of the 95% interval of the median, ms.")
+    n: int = Field(description="How many calls were timed.")
+
+
+class Quality(_Model):
+    """A metric with its 95% interval."""
+
+    value: float
+    low: float = Field(description="Lower end of the 95% bootstrap interval.")
+    high: float = Field(description="Upper end of the 95% bootstrap interval.")
+    n: int = Field(description="How many examples it is the mean of.")
+
+
+class Change(_Model):
+    """A metric's paired difference to the baseline on the same examples (compressed minus baseline)."""
+
+    difference: float
+    low: float = Field(description="Lower end of the 95% paired bootstrap interval.")
+    high: float = Field(description="Upper end of the 95% paired bootstrap interval.")
+    n: int
+    lost: int = Field(description="Examples that the baseline got right and this model does not.")
+    won: int = Field(description="Examples that this model gets right and the baseline did not.")
+    verdict: Literal["better", "worse", "no clear difference", "identical"]
+
+
+class ClassScore(_Model):
+    """Precision and recall of one class."""
+
+    precision: float | None = Field(description="None where the class was never predicted.")
+    recall: float | None = Field(description="None where the class has no example.")
+    n: int = Field(description="Examples of the class.")
+
+
+class ComponentRow(_Model):
+    """One tower: what it weighs and how long it takes by itself."""
+
+    parameters: int
+    disk_bytes: int
+    flops: int | None = Field(None, description="Floating point operations for one example, 2 per multiply-add.")
+    latency_ms: dict[str, Latency] = Field(default_factory=dict, description="By batch size.")
+
+
+class Parity(_Model):
+    """How far an exported component's outputs are from torch's on real examples."""
+
+    max_abs_difference: float
+    min_cosine: float = Field(description="The smallest cosine similarity between the two outputs of one example.")
+    n: int = Field(description="How many real examples were compared.")
+
+
+class Row(_Model):
+    """One model in one runtime."""
+
+    step: str = Field(description='"baseline", "1-prune", ...')
+    runtime: Literal["torch", "onnxruntime", "openvino"]
+    precision: str = Field("float32", description="What the weights are stored as in what was measured.")
+    parameters: int
+    disk_bytes: int = Field(description="Bytes of the weights file (torch) or of the components' files (ONNX).")
+    peak_memory_bytes: int | None = Field(None, description="Peak resident memory of the process that was timed.")
+    flops: int | None = Field(None, description="For one example through all components, 2 per multiply-add.")
+    latency_ms: dict[str, Latency] = Field(default_factory=dict, description="All components once, by batch size.")
+    quality: dict[str, Quality] = Field(default_factory=dict)
+    change: dict[str, Change] = Field(default_factory=dict, description="Paired differences to the baseline in torch.")
+    components: dict[str, ComponentRow] = Field(default_factory=dict, description="By tower.")
+    classes: dict[str, ClassScore] = Field(default_factory=dict)
+    parity: dict[str, Parity] = Field(default_factory=dict, description="By component; ONNX rows only.")
+    loads_with: Literal["transformers", "mmcompress", "onnx"] = "transformers"
+    rolled_back: bool = Field(False, description="A gate was missed and the step was undone; later steps build on the one before.")
+    notes: list[str] = Field(default_factory=list, description="What the numbers say in words, bad news included.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="The pass's settings as they were run.")
+    result: dict[str, Any] = Field(default_factory=dict, description="What the pass says it did.")
+    facts: dict[str, Any] = Field(default_factory=dict, description="What the step cost besides seconds: examples, steps, ...")
+    seconds: float = Field(0.0, description="What the step itself took; measuring not counted.")
+    folder: str = Field("", description="The step's folder, relative to the run.")
+
+
+class GateResult(_Model):
+    """A gate and what came of it. It is met only if the whole 95% interval lies on the right side."""
+
+    metric: str
+    step: str
+    runtime: str
+    max_drop: float | None = Field(None, description="Allowed drop against the baseline, in points.")
+    min_value: float | None = Field(None, description="Smallest allowed value, in points.")
+    verdict: Literal["met", "missed", "not shown"] = Field(
+        description='"not shown": the interval holds the limit, there are not enough examples to say.'
+    )
+    words: str
+    on_miss: Literal["report", "rollback", "stop"] = "report"
+
+
+class Warning_(_Model):
+    """A sentence that the reader must see, and the step it belongs to."""
+
+    step: str
+    text: str
+
+
+class Gain(_Model):
+    """The speed-up at one batch size, taken apart. Each is a ratio of medians; above 1 is faster."""
+
+    runtime: float | None = Field(description="Baseline in torch over baseline in ONNX Runtime: no compression in it.")
+    compression: float | None = Field(description="Baseline in ONNX Runtime over final model in ONNX Runtime.")
+    compression_torch: float | None = Field(description="Baseline in torch over final model in torch.")
+    total: float | None = Field(description="Baseline in torch over final model in its fastest runtime.")
+
+
+class Totals(_Model):
+    """The run in a few numbers."""
+
+    headline: str = Field(description="One sentence that anyone can quote.")
+    finished: bool = Field(description="False for the report of a half-finished run.")
+    final_step: str = ""
+    final_runtime: str = ""
+    metric: str = Field("", description="The task's headline metric.")
+    parameters_ratio: float | None = Field(None, description="Final over baseline.")
+    disk_ratio: float | None = Field(None, description="Final over baseline, each in the runtime it is shipped for.")
+    flops_ratio: float | None = None
+    speedup: dict[str, Gain] = Field(default_factory=dict, description="By batch size.")
+    seconds: float = 0.0
+    synthetic: bool = Field(False, description="The model or the data are synthetic: numbers say nothing about real pictures.")
+
+
+class Report(_Model):
+    """What ``report.json`` holds."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any] = Field(description="Versions, CPU, threads.")
+    metrics: dict[str, str] = Field(default_factory=dict, description="What each metric is.")
+    rows: list[Row] = Field(default_factory=list)
+    gates: list[GateResult] = Field(default_factory=list)
+    warnings: list[Warning_] = Field(default_factory=list)
+    totals: Totals
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame: one line a row, with ``latency_ms.<batch>.p50`` and ``quality.<metric>`` columns."""
+        import pandas as pd  # an optional view; reports are read without pandas
+
+        flat = []
+        for row in self.rows:
+            line: dict[str, Any] = row.model_dump(include={"step", "runtime", "precision", "parameters", "disk_bytes"})
+            line |= {"peak_memory_bytes": row.peak_memory_bytes, "flops": row.flops, "seconds": row.seconds}
+            for batch, latency in row.latency_ms.items():
+                line |= {f"latency_ms.{batch}.{k}": v for k, v in latency.model_dump().items()}
+            for metric, quality in row.quality.items():
+                line |= {f"quality.{metric}": quality.value}
+                line |= {f"quality.{metric}.{k}": getattr(quality, k) for k in ("low", "high", "n")}
+            for metric, change in row.change.items():
+                line |= {f"change.{metric}": change.difference, f"change.{metric}.low": change.low}
+                line |= {f"change.{metric}.high": change.high}
+            flat.append(line)
+        return pd.DataFrame(flat)

@@ -1,0 +1,408 @@
+"""The chain: baseline, then for each pass apply, check, save, measure, gate; resumable at every whole step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mmcompress import __version__
+from mmcompress.data.examples import Examples
+from mmcompress.data.leaks import shared_pictures
+from mmcompress.data.sources import load_data
+from mmcompress.environment import environment
+from mmcompress.errors import UserError
+from mmcompress.files import PARTIAL, disk_error, folder_bytes, write_json, write_text, writing_folder
+from mmcompress.logs import logging_to
+from mmcompress.measure.quality import load_scores, save_scores
+from mmcompress.measure.rows import Meter, export_float
+from mmcompress.model import CompressedModel, load, resolve
+from mmcompress.passes.base import Context, Pass
+from mmcompress.progress import SILENT, Reporter
+from mmcompress.recipe import Recipe, load_recipe, make_recipe, resolved
+from mmcompress.report.build import add_notes, judge, shipping_row, totals
+from mmcompress.report.schema import GateResult, Report, Row, Warning_
+from mmcompress.report.write import write_report
+
+STATE_FILE = "run.json"
+STEP_FILE = "step.json"
+OWN = ("recipe.yaml", "report.html", "report.md", "report.json", "README.md", "log.txt", STATE_FILE)
+OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the run's folder.
+        report: also in ``report.json``.
+        met: False when a gate was not met (missed, or not shown).
+    """
+
+    folder: Path
+    report: Report
+    met: bool
+
+    @property
+    def model(self) -> CompressedModel:
+        """The final model, loaded from ``model/``."""
+        return load(self.folder / "model")
+
+
+def run(
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    output: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    reporter: Reporter = SILENT,
+) -> RunResult:
+    """Runs a recipe, or goes on with it after the last whole step.
+
+    Args:
+        recipe: a YAML file, a recipe, or a recipe as plain data.
+        output: the run's folder; ``runs/<name>`` where left out.
+        overrides: ``key.path=value`` each; only with a file.
+        fresh: throws away what an earlier run left in the folder.
+
+    Raises:
+        RecipeError: the recipe is wrong; nothing was loaded or written.
+        UserError: something the user can mend; what was finished stays usable.
+    """
+    if isinstance(recipe, Recipe):
+        plan = recipe
+    elif isinstance(recipe, Mapping):
+        plan = make_recipe(recipe)
+    else:
+        plan = load_recipe(recipe, overrides)
+    folder = Path(output) if output is not None else Path("runs") / plan.name
+    new = not folder.exists()
+    try:
+        with _exclusive(folder), logging_to(folder / "log.txt"):
+            return Chain(plan, folder, reporter, fresh).go()
+    except UserError:
+        if new and not (folder / "steps").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing but our own bookkeeping: leave no half-made run behind
+        raise
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for one run; the kernel lets go of it however the process ends."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
+        strangers = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "log.txt") and not p.name.endswith(PARTIAL))
+        if strangers:
+            raise UserError(f"{folder}: holds {', '.join(strangers[:3])}, which no run of mmcompress left; choose another folder with -o")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as e:
+        raise UserError(f"{folder}: another run is at work in this folder; wait for it, or choose another folder with -o") from e
+    except OSError as e:
+        raise disk_error(e, folder) from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Chain:
+    """One run over one folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter, fresh: bool) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.reporter = reporter
+        self.rows: list[Row] = []
+        self.gates: list[GateResult] = []
+        self.warnings: list[Warning_] = []
+        self.names = ["00-baseline", *(f"{i:02d}-{step.name}" for i, step in enumerate(recipe.passes, 1))]
+        if fresh:
+            self._clear()
+
+    def go(self) -> RunResult:
+        """All steps, the final folders and the report."""
+        self._open()
+        data = load_data(self.recipe.data, self.recipe.seed)
+        for which, examples in data.items():
+            examples.narrow(self.recipe.task.roles, self.recipe.task.type)
+            log.info("%s: %d examples", which, len(examples))
+        self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter)
+        self._look_for_leaks(data)
+        self.data = data
+        self._baseline()
+        last, final, stopped = 0, self.rows[0], False
+        for i, step in enumerate(self.recipe.passes, 1):
+            self._step(i, step, last)
+            row = shipping_row(self.rows, f"{i}-{step.name}", step.makes_files)
+            if self._kept(row):
+                last, final = i, row
+            elif self._on_miss(row) == "stop":
+                stopped = True
+                break
+            self._write_report(final, finished=False)
+        return self._finish(last, final, stopped)
+
+    def _open(self) -> None:
+        """Writes down what this run is, or checks that the folder's run is the same one."""
+        state = {
+            "format_version": 1,
+            "mmcompress": __version__,
+            "recipe": resolved(self.recipe),
+            "inputs": _fingerprints(self.recipe),
+        }
+        path = self.folder / STATE_FILE
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+            except json.JSONDecodeError as e:
+                raise UserError(f"{path}: damaged; run with --fresh to begin again") from e
+            differing = _differences(old, state)
+            if differing:
+                raise UserError(
+                    f"{self.folder}: holds a run that differs in {', '.join(differing[:4])}; choose another folder with -o, "
+                    f"or throw that run away with --fresh"
+                )
+        else:
+            write_json(path, state)
+        text = yaml.safe_dump(state["recipe"], sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "recipe.yaml", text)
+        shutil.rmtree(self.folder / ".work", ignore_errors=True)
+
+    def _clear(self) -> None:
+        for name in OWN:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _look_for_leaks(self, data: dict[str, Examples]) -> None:
+        for which in ("train", "calibration"):
+            if which in data and self.recipe.data.eval is not None:
+                count = shared_pictures(data[which], data["eval"])
+                if count:
+                    text = f"{count} of {len(data['eval'])} evaluation pictures are also in data.{which}: quality is overstated."
+                    self.warnings.append(Warning_(step="baseline", text=text))
+
+    # The steps.
+
+    def _baseline(self) -> None:
+        place = self.folder / "steps" / self.names[0]
+        if not self._whole(place):
+            self.reporter.say(f"baseline: loading {self.recipe.model}")
+            start = time.monotonic()
+            source = load(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
+            source.onnx = None
+            warnings = []
+            if source.stored_dtype != "float32":
+                warnings.append(
+                    f"The model's own file stores {source.stored_dtype} weights; every step is run and saved as float32, so the "
+                    f"baseline's size here is that of its float32 form."
+                )
+            self._save(source, place, {"seconds": time.monotonic() - start, "warnings": warnings, "facts": {}})
+        self._measure(0, "baseline", None)
+
+    def _step(self, i: int, step: Pass, last: int) -> None:
+        place = self.folder / "steps" / self.names[i]
+        if not self._whole(place):
+            self.reporter.say(f"{i}-{step.name}: {_short(step)}")
+            before = load(self.folder / "steps" / self.names[last])
+            work = self.folder / ".work"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            context = Context(
+                task=self.recipe.task,
+                train=self.data.get("train"),
+                calibration=self.data.get("calibration"),
+                baseline=lambda: load(self.folder / "steps" / self.names[0]),
+                seed=self.recipe.seed * 1000 + i,
+                workdir=work,
+                reporter=self.reporter,
+            )
+            start = time.monotonic()
+            after = step.apply(before, context=context)
+            facts = {"seconds": time.monotonic() - start, "warnings": context.warnings, "facts": context.facts}
+            self._save(after, place, facts)
+            shutil.rmtree(work, ignore_errors=True)
+        self._measure(i, f"{i}-{step.name}", step)
+
+    def _save(self, model: CompressedModel, place: Path, facts: dict[str, Any]) -> None:
+        with writing_folder(place) as beside:
+            model.write(beside)
+            write_json(beside / STEP_FILE, facts)
+
+    def _whole(self, place: Path) -> bool:
+        """Folders are renamed into place, so that one that is there is whole; what a killed run left beside is removed."""
+        return (place / STEP_FILE).exists()
+
+    def _measure(self, i: int, step: str, made_by: Pass | None) -> None:
+        """Measures a saved step, or reads what an earlier call measured; then adds notes and warnings."""
+        place = self.folder / "steps" / self.names[i]
+        kept = self.folder / "measurements" / self.names[i]
+        facts = json.loads((place / STEP_FILE).read_text())
+        if not kept.exists():
+            model = load(place)
+            rows = self._rows(model, place, step, made_by)
+            for row in rows:
+                row.seconds, row.facts = facts["seconds"], facts["facts"]
+                row.folder = f"steps/{self.names[i]}"
+                if made_by is not None:
+                    row.settings = made_by.model_dump(mode="json", by_alias=True)
+                    row.result = model.history[-1]["result"]
+            with writing_folder(kept) as beside:
+                write_json(beside / "rows.json", [row.model_dump(mode="json") for row in rows])
+                for row in rows:
+                    save_scores(self.meter.scores[f"{step}.{row.runtime}"], beside / f"scores-{row.runtime}.safetensors")
+        rows = [Row.model_validate(r) for r in json.loads((kept / "rows.json").read_text())]
+        if i == 0:
+            self.meter.baseline = load_scores(kept / f"scores-{rows[0].runtime}.safetensors")
+        for row in rows:
+            row.notes = [n for n in row.notes if "skipped" in n]
+            before = [r for r in self.rows if r.runtime == row.runtime and not r.rolled_back]
+            add_notes(row, before[-1] if before else None, made_by is not None and made_by.name in ("prune", "quantize", "qat"))
+        self.rows += rows
+        self.warnings += [Warning_(step=step, text=text) for text in facts["warnings"]]
+        self._say_row(rows)
+
+    def _rows(self, model: CompressedModel, place: Path, step: str, made_by: Pass | None) -> list[Row]:
+        """A row for each runtime that is asked for and that the step changed."""
+        wanted = self.recipe.report.runtimes
+        rows = []
+        makes_files = made_by is not None and made_by.makes_files
+        changed = made_by is None or made_by.changes == "weights"
+        if changed and ("torch" in wanted or made_by is None):
+            rows.append(self.meter.torch_row(model, place, step))
+            if made_by is None:
+                self.meter.baseline = self.meter.scores[f"{step}.torch"]
+        if makes_files and model.onnx is not None:
+            quantized = any(model.onnx.glob("*_quantized.onnx"))
+            rows.append(self.meter.onnx_row(model, place, step, "int8" if quantized else "float32"))
+        elif changed and "onnxruntime" in wanted:
+            scratch = export_float(model, self.folder / ".work" / "float-onnx", self.reporter)
+            rows.append(self.meter.onnx_row(model, scratch, step, "float32"))
+            shutil.rmtree(scratch, ignore_errors=True)
+        return rows
+
+    def _say_row(self, rows: list[Row]) -> None:
+        for row in rows:
+            quality = ", ".join(f"{k} {100 * v.value:.1f}" for k, v in list(row.quality.items())[:2])
+            batch, latency = next(iter(row.latency_ms.items()))
+            self.reporter.say(
+                f"  {row.runtime} {row.precision}: {row.parameters / 1e6:.2f} M parameters, {row.disk_bytes / 1e6:.1f} MB, "
+                f"{latency.p50:.2f} ms at batch {batch}, {quality}"
+            )
+
+    # Gates and the end.
+
+    def _kept(self, row: Row) -> bool:
+        """Judges the gates that are judged at every step; a rolled-back step's rows are marked."""
+        own = [judge(gate, row) for gate in self.recipe.gates if gate.on_miss != "report"]
+        self.gates += own
+        missed = [g for g in own if g.verdict != "met"]
+        for gate in missed:
+            self.reporter.say(f"  gate {gate.verdict}: {gate.words}; {gate.on_miss}")
+        if missed:
+            for other in self.rows:
+                if other.step == row.step:
+                    other.rolled_back = True
+        return not missed
+
+    def _on_miss(self, row: Row) -> str:
+        missed = [g.on_miss for g in self.gates if g.step == row.step and g.verdict != "met"]
+        return "stop" if "stop" in missed else "rollback"
+
+    def _finish(self, last: int, final: Row, stopped: bool) -> RunResult:
+        at_end = [judge(gate, final) for gate in self.recipe.gates if gate.on_miss == "report"]
+        self.gates += at_end
+        self._write_final(last)
+        report = self._write_report(final, finished=True)
+        met = not stopped and all(g.verdict == "met" for g in at_end) and not any(row.rolled_back for row in self.rows)
+        return RunResult(self.folder, report, met)
+
+    def _write_final(self, last: int) -> None:
+        """Copies the last kept step to ``model/``, and its ONNX components to ``onnx/`` beside the config and processor files."""
+        place = self.folder / "steps" / self.names[last]
+        files = [p for p in sorted(place.iterdir()) if p.is_file() and p.name != STEP_FILE]
+        with writing_folder(self.folder / "model") as beside:
+            for path in files:
+                shutil.copy2(path, beside / path.name)
+        if not (place / "onnx").is_dir():
+            shutil.rmtree(self.folder / "onnx", ignore_errors=True)
+            return
+        with writing_folder(self.folder / "onnx") as beside:
+            for path in [*files, *sorted((place / "onnx").iterdir())]:
+                if path.suffix != ".safetensors":
+                    shutil.copy2(path, beside / path.name)
+
+    def _write_report(self, final: Row, *, finished: bool) -> Report:
+        metric = next(iter(self.recipe.task.metrics))
+        synthetic = self.data["eval"].synthetic or self.recipe.model.startswith("bundled:")
+        report = Report(
+            name=self.recipe.name,
+            recipe=resolved(self.recipe),
+            environment=environment() | {"threads": self.recipe.report.threads},
+            metrics=dict(self.recipe.task.metrics),
+            rows=self.rows,
+            gates=self.gates,
+            warnings=self.warnings,
+            totals=totals(
+                self.rows,
+                name=self.recipe.name,
+                metric=metric,
+                final=final if final.step != "baseline" else None,
+                finished=finished,
+                synthetic=synthetic,
+            ),
+        )
+        write_report(report, self.folder)
+        return report
+
+
+def _short(step: Pass) -> str:
+    """The pass's settings that differ from their defaults, on one line."""
+    settings = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"name"})
+    return ", ".join(f"{k} {v}" for k, v in settings.items()) or "default settings"
+
+
+def _fingerprints(recipe: Recipe) -> dict[str, Any]:
+    """Size and time of change of every local input, so that a resumed run never mixes results of different data."""
+    found: dict[str, Any] = {}
+    where = resolve(recipe.model)
+    if isinstance(where, Path):
+        weights = sorted(where.glob("*.safetensors"))
+        found[f"model {recipe.model}"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]
+    for which in ("train", "calibration", "eval"):
+        source = getattr(recipe.data, which)
+        if source is None or source.path is None:
+            continue
+        for name in [source.path] if isinstance(source.path, str) else source.path:
+            path = Path(name)
+            if path.is_file():
+                found[f"data.{which} {name}"] = [path.stat().st_size, path.stat().st_mtime_ns]
+            elif path.is_dir():
+                found[f"data.{which} {name}"] = [folder_bytes(path), max(p.stat().st_mtime_ns for p in [path, *path.rglob("*")])]
+    return found
+
+
+def _differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """The key paths at which two plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            found += _differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{at}.{i}")]
+    return [] if old == new else [at.removeprefix("recipe.")]

@@ -1,0 +1,58 @@
+"""What a distillation loss is.
+
+Shapes: B pictures, U distinct texts, D_s and D_t the widths of the student's and the teacher's embeddings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from mmcompress.families.base import Batch, Outputs
+
+
+class Loss(nn.Module, ABC):
+    """A loss of the student's outputs against the teacher's.
+
+    Its parameters, such as a projection between widths, are trained along with the student and thrown away afterwards.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    """False for a loss of the student's outputs alone, whose ``teacher`` then has no embeddings."""
+
+    def __init__(self, student_sizes: Mapping[str, int], teacher_sizes: Mapping[str, int]) -> None:
+        """Takes for each tower the width D of the student's and of the teacher's embeddings."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+        """The mean loss of a batch, shape (); outputs are (B, D) for ``vision`` and (U, D) for ``text``."""
+
+
+class Projections(nn.Module):
+    """For each tower a learned linear map from the student's to the teacher's width, and nothing where they are equal.
+
+    CLIP-KD (arXiv 2307.12732, `src/open_clip/loss.py`) does the same. The maps start orthogonal, which keeps the angles
+    that the student has, as far as the widths allow it.
+    """
+
+    def __init__(self, student_sizes: Mapping[str, int], teacher_sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleDict()
+        for tower, size in student_sizes.items():
+            if size != teacher_sizes[tower]:
+                layer = nn.Linear(size, teacher_sizes[tower], bias=False)
+                nn.init.orthogonal_(layer.weight)
+                self.maps[tower] = layer
+
+    def forward(self, tower: str, embeds: torch.Tensor) -> torch.Tensor:
+        """(N, D_s) -> (N, D_t), in float32."""
+        embeds = embeds.float()
+        if tower not in self.maps:
+            return embeds
+        mapped: torch.Tensor = self.maps[tower](embeds)
+        return mapped

@@ -1,0 +1,108 @@
+"""What a training loop minimises: parts with names, so that a part that goes wrong can be named.
+
+Shapes: B pictures, U distinct texts, D embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcompress import registry
+from mmcompress.families.base import Batch, Outputs
+from mmcompress.model import CompressedModel
+from mmcompress.passes.base import Context
+from mmcompress.tasks.base import Task
+from mmcompress.training.settings import TASK_LOSS, DistillationSettings
+from mmcompress.training.teacher import Teacher, embedding_sizes, find_teacher
+
+
+class Objective(nn.Module, ABC):
+    """A sum of weighted losses. Its own parameters are trained along with the model."""
+
+    def start(self, device: torch.device, precision: str) -> None:
+        """Called once before the first step, after the seed was set."""
+        self.to(device)
+
+    @abstractmethod
+    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        """For each part its weighted loss, shape (); the batch's ``index`` (B,) says which examples the pictures are."""
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for the report that may differ between repetitions."""
+        return {}
+
+
+class TaskObjective(Objective):
+    """The task's own loss."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        """One part, ``task``."""
+        return {TASK_LOSS: self.task.loss(outputs, dict(batch))}
+
+
+class DistillObjective(Objective):
+    """The task's loss and losses against a teacher, each with its weight; a weight of 0 leaves its loss out."""
+
+    def __init__(self, task: Task, weights: Mapping[str, float], student: CompressedModel, teacher: Teacher | None) -> None:
+        """Builds the losses.
+
+        Args:
+            weights: for each loss's name its weight, `task` among them.
+            student: the model that will be trained; its embeddings' widths are what the losses are made for.
+            teacher: None where no loss needs one.
+        """
+        super().__init__()
+        self.task, self.teacher = task, teacher
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self._sizes = embedding_sizes(student)
+        self.losses = nn.ModuleDict()
+
+    def start(self, device: torch.device, precision: str) -> None:
+        """Builds the losses (their projections start from the run's seed) and moves the teacher to the device."""
+        theirs = self.teacher.sizes if self.teacher is not None else {}
+        for name in self.weights:
+            if name != TASK_LOSS:
+                self.losses[name] = registry.find("losses", name).LOSS(self._sizes, theirs)
+        if self.teacher is not None:
+            self.teacher.start(device, precision)
+        self.to(device)
+
+    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        """A part for each loss."""
+        teacher = self.teacher(batch) if self.teacher is not None else Outputs({}, outputs.logit_scale.detach())
+        parts = {name: self.weights[name] * loss(outputs, teacher, batch) for name, loss in self.losses.items()}
+        if TASK_LOSS in self.weights:
+            parts[TASK_LOSS] = self.weights[TASK_LOSS] * self.task.loss(outputs, dict(batch))
+        return parts
+
+    def facts(self) -> dict[str, Any]:
+        """How long the teacher took, and for how many pictures and texts it was asked."""
+        return self.teacher.facts() if self.teacher is not None else {}
+
+
+def distillation(settings: DistillationSettings, student: CompressedModel, context: Context, what: str) -> DistillObjective:
+    """The objective that a recipe describes, its teacher loaded and checked if a loss needs one.
+
+    Args:
+        student: the model before training.
+        what: the pass's name, for messages.
+
+    Raises:
+        DataError: no task, no training examples, or no baseline to learn from.
+        ModelError: the teacher cannot be loaded, or reads other pictures or texts than the student.
+    """
+    task, examples = context.need_task(what), context.need_train(what)
+    used = [name for name, weight in settings.losses.items() if weight > 0 and name != TASK_LOSS]
+    teacher = None
+    if any(registry.find("losses", name).LOSS.needs_teacher for name in used):
+        teacher = find_teacher(settings.teacher, student, context, len(examples))
+    return DistillObjective(task, settings.losses, student, teacher)

@@ -1,0 +1,78 @@
+"""The recipe keys that the training passes share. Importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from mmcompress import registry
+from mmcompress.errors import one_of
+
+TASK_LOSS = "task"
+"""The key under which ``losses`` weighs the task's own loss."""
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TrainingSettings(BaseModel):
+    """How long, how fast and on what a model is trained. Mixed into the passes, which bring the pydantic config."""
+
+    epochs: float = Field(
+        1.0, gt=0, le=10_000, description="Passes over the training examples, above 0; a fraction is a part of one."
+    )
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, if epochs do not end before.")
+    batch_size: int = Field(128, ge=1, le=65_536, description="Pictures in a step. Contrastive losses want many.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW, above 0; falls to 0 along a cosine.")
+    weight_decay: float = Field(
+        0.05, ge=0, le=1, description="Decoupled weight decay of AdamW; biases, norms and embeddings have none."
+    )
+    warmup: float = Field(0.05, ge=0, le=0.5, description="Share of the steps over which the learning rate rises, 0 to 0.5.")
+    grad_clip: float = Field(1.0, ge=0, description="Largest norm of all gradients together; 0 does not clip.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Of the forward pass; auto takes bf16 where the CPU or GPU multiplies it natively."
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that decode pictures ahead of the training. Pictures are decoded once where they fit in 1 GB.",
+    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="Where to train; auto takes what the run uses, or the first that is there of cuda, mps, cpu."
+    )
+    freeze: list[str] = Field(default_factory=list, description="Towers that stay as they are, such as [text].")
+
+    def freeze_mistakes(self, towers: Sequence[str]) -> list[str]:
+        """What is wrong with ``freeze`` for a model of these towers, a sentence each."""
+        wrong = ["freeze: " + one_of("tower", name, towers) for name in self.freeze if name not in towers]
+        if set(towers) <= set(self.freeze):
+            wrong.append("freeze: names every tower, so that nothing is left to train")
+        return wrong
+
+
+class DistillationSettings(TrainingSettings):
+    """What a student learns from its teacher."""
+
+    losses: dict[str, Weight] = Field(
+        default_factory=lambda: {TASK_LOSS: 1.0, "affinity": 1.0, "feature": 1.0},
+        description="Weight of each loss, 0 or more; `mmcompress list losses` shows all. The key `task` weighs the task's own "
+        "loss and is 1 where it is left out.",
+    )
+    teacher: str = Field(
+        "baseline",
+        min_length=1,
+        description="Whom to learn from: baseline (the model the run began with), a hub id or a model folder.",
+    )
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, losses: dict[str, float]) -> dict[str, float]:
+        known = [TASK_LOSS, *registry.names("losses")]
+        for name in losses:
+            if name not in known:
+                raise ValueError(one_of("loss", name, known))
+        if not any(weight > 0 for name, weight in losses.items() if name != TASK_LOSS):
+            raise ValueError("no distillation loss has a weight above 0; the pass `finetune` trains on the task's loss alone")
+        return {TASK_LOSS: 1.0, **losses}

@@ -1,0 +1,44 @@
+"""Maths that the losses share: cosine similarities between pictures and texts, and distances between distributions.
+
+Shapes: B pictures, U distinct texts, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def unit(embeds: torch.Tensor) -> torch.Tensor:
+    """Rows at length 1 in float32: products of bf16 embeddings are too coarse for a softmax at scale 100."""
+    return F.normalize(embeds.float(), dim=-1)
+
+
+def similarities(vision: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Scaled cosine similarities (B, U) of pictures (B, D) and texts (U, D), neither normalised."""
+    return scale.float() * (unit(vision) @ unit(text).T)
+
+
+def cross_entropy(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of ``-sum_j p_j log q_j``, p and q the softmax of the teacher's and the student's logits, shape ()."""
+    return -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of the Kullback-Leibler divergence KL(p || q), in nats; arguments as in `cross_entropy`."""
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def contrastive(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy where a row may have several right columns, over which its target is spread evenly.
+
+    With one right column it is InfoNCE. Several are averaged outside of the logarithm, as in SupCon's L_out (Khosla et al.
+    2020). Rows without a right column are no queries.
+
+    Args:
+        logits: (N, M).
+        positives: (N, M), True where a column is right for a row.
+    """
+    asked = positives.any(-1)
+    target = positives[asked].float()
+    return F.cross_entropy(logits[asked], target / target.sum(-1, keepdim=True))

@@ -1,0 +1,121 @@
+"""What the graph couples, what is chosen, and that what stays is what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_pruning as tp
+from tests import tiny
+from tests.pruning.helpers import embeds, full
+from torch import nn
+
+from mmcompress.errors import ModelError
+from mmcompress.families.base import UnitGroup
+from mmcompress.pruning import cut
+
+
+def test_best_keeps_the_order_and_the_first_of_equals() -> None:
+    assert cut.best(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2) == [1, 3]
+    assert cut.best(torch.tensor([5.0, 5.0, 5.0, 9.0]), 2) == [0, 3]
+
+
+def test_choose_over_tower_by_hand() -> None:
+    # Divided by their means (2 and 20) the groups are (2.5, .5, .5, .5) and (1.8, 1.2, .9, .1); in pairs 1.5, .5 and 1.5, .5.
+    scores = [torch.tensor([5.0, 1.0, 1.0, 1.0]), torch.tensor([2.0, 36.0, 18.0, 24.0])]
+    assert cut.choose_over_tower(scores, 4, 1) == [[0], [1, 2, 3]]
+    assert cut.choose_over_tower(scores, 4, 2) == [[0, 1], [1, 3]]
+    assert cut.choose_over_tower(scores, 1, 1) == [[0], [1]]  # no group is emptied
+    assert cut.choose_over_tower([torch.zeros(4), torch.ones(4)], 4, 1) == [[0], [0, 1, 2]]
+
+
+def test_the_graph_couples_all_of_a_residual_width() -> None:
+    model = full(tiny.clip())
+    graph = cut.trace(model.family, model.module, "vision")
+    (group,) = model.family.unit_groups(model.module, "vision", "width")
+    found = {(s.name, s.dim) for s in cut.couple(graph, model.module, group).slices}
+    expected = set()
+    for name, p in model.module.named_parameters():
+        if not name.startswith("vis") or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias", "fc1.bias")):
+            continue
+        writes = any(part in name for part in ("out_proj", "fc2", "norm", "patch", "class")) or p.dim() == 1
+        expected.add((name, 0 if writes else 1))
+    assert found == expected
+
+
+def test_the_graph_couples_query_key_value_and_output() -> None:
+    model = full(tiny.clip())
+    graph = cut.trace(model.family, model.module, "text")
+    group = model.family.unit_groups(model.module, "text", "heads")[1]
+    found = {(s.name.removeprefix("text_model.encoder.layers.1.self_attn."), s.dim) for s in cut.couple(graph, model.module, group).slices}
+    projections = {(f"{p}_proj.{kind}", 0) for p in "qkv" for kind in ("weight", "bias")}
+    assert found == projections | {("out_proj.weight", 1)}
+
+
+def test_a_deep_cut_keeps_layernorms_in_order() -> None:
+    # With 64 of 192 channels left Torch-Pruning's own LayerNorm pruner permutes them.
+    model = full(tiny.clip(hidden_size=192, num_attention_heads=12))
+    old = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+    graph = cut.trace(model.family, model.module, "vision")
+    (group,) = model.family.unit_groups(model.module, "vision", "width")
+    keep = cut.best(torch.rand(192, generator=torch.Generator().manual_seed(0)), 64)
+    cut.cut_units(graph, group, keep)
+    for s in cut.couple(graph, model.module, group_again(model)).slices:
+        expected = old[s.name].index_select(s.dim, torch.tensor(keep))
+        assert torch.equal(s.parameter.detach(), expected), s.name
+
+
+def group_again(model: object) -> UnitGroup:
+    (group,) = model.family.unit_groups(model.module, "vision", "width")  # type: ignore[attr-defined]
+    return group  # type: ignore[no-any-return]
+
+
+def test_cutting_units_that_give_nothing_changes_nothing() -> None:
+    model = full(tiny.clip())
+    with torch.no_grad():
+        for layer in model.module.vision_model.encoder.layers:
+            layer.mlp.fc2.weight[:, 10:40] = 0
+            layer.self_attn.out_proj.weight[:, 16:32] = 0
+    before = embeds(model)
+    graph = cut.trace(model.family, model.module, "vision")
+    for axis, keep in (("ffn", [u for u in range(96) if not 10 <= u < 40]), ("heads", [0, 2])):
+        for group in model.family.unit_groups(model.module, "vision", axis):
+            cut.cut_units(graph, group, keep)
+    assert model.module.vision_model.encoder.layers[2].mlp.fc1.weight.shape == (66, 48)
+    assert model.module.vision_model.encoder.layers[2].self_attn.k_proj.weight.shape == (32, 48)
+    torch.testing.assert_close(embeds(model)["vision"], before["vision"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_root_that_the_graph_does_not_reach_is_cut_too() -> None:
+    first, second, last = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(4, 1)
+    net = nn.Sequential(first, last)
+    group = UnitGroup("t", "heads", "net", first, 4, 2, (second,))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.second = net, second
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.net(x), self.second(x)
+
+    kept = second.weight.detach()[2:]
+    graph = tp.DependencyGraph().build_dependency(Two(), torch.randn(3, 2), verbose=False)
+    cut.cut_units(graph, group, [1])
+    assert (first.out_features, second.out_features, last.in_features) == (2, 2, 2)
+    assert torch.equal(second.weight.detach(), kept)
+
+
+def test_a_coupling_of_half_a_weight_is_refused() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.c(torch.cat([self.a(x), self.b(x)], 1))
+            return out
+
+    net = Halves()
+    graph = tp.DependencyGraph().build_dependency(net, torch.randn(3, 2), verbose=False)
+    with pytest.raises(ModelError, match=r"only 4 of 8 channels of c\.weight"):
+        cut.couple(graph, net, UnitGroup("t", "ffn", "a", net.a, 4))  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mmcompress.recipe import Recipe as Recipe
     from mmcompress.recipe import load_recipe as load_recipe
     from mmcompress.report.schema import Report as Report
-    from mmcompress.run import RunResult as RunResult
-    from mmcompress.run import run as run
+    from mmcompress.chain import RunResult as RunResult
+    from mmcompress.chain import run as run
 
 _WHERE = {
     "CompressedModel": "mmcompress.model",
@@ -26,8 +26,8 @@ _WHERE = {
     "Recipe": "mmcompress.recipe",
     "load_recipe": "mmcompress.recipe",
     "Report": "mmcompress.report.schema",
-    "RunResult": "mmcompress.run",
-    "run": "mmcompress.run",
+    "RunResult": "mmcompress.chain",
+    "run": "mmcompress.chain",
 }
 
 __all__ = ["CompressedModel", "Recipe", "Report", "RunResult", "__version__", "load", "load_recipe", "passes", "run"]

@@ -59,6 +59,16 @@ def measure(
         "seconds": seconds,
         "device": device,
     }
+    raw = _in_a_process(job, threads)
+    return {
+        "latency_ms": {b: summarize(t) for b, t in raw["together"].items()},
+        "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
+        "peak_memory_bytes": raw["peak_memory_bytes"],
+        "load_seconds": raw["load_seconds"],
+    }
+
+
+def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:
     # The number of threads is set in the environment too: some pools read it only when they are loaded.
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -66,11 +76,6 @@ def measure(
     )
     if done.returncode != 0:
         last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
-        raise UnavailableError(f"measuring {folder} in {runtime} failed: {last[0]}")
-    raw = json.loads(done.stdout.splitlines()[-1])
-    return {
-        "latency_ms": {b: summarize(t) for b, t in raw["together"].items()},
-        "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
-        "peak_memory_bytes": raw["peak_memory_bytes"],
-        "load_seconds": raw["load_seconds"],
-    }
+        raise UnavailableError(f"measuring {job['folder']} in {job['runtime']} failed: {last[0]}")
+    raw: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return raw

@@ -103,9 +103,8 @@ def timed(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
-def main() -> None:
-    """Runs one job."""
-    job = json.loads(sys.stdin.read())
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Times one model: all components together, and each by itself, at each batch size."""
     start = time.perf_counter()
     make = onnx_calls(job) if job["runtime"] == "onnxruntime" else torch_calls(job)
     loaded = time.perf_counter() - start
@@ -123,9 +122,8 @@ def main() -> None:
             components.setdefault(name, {})[str(batch)] = timed(call, job["seconds"] / 2)
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"together": together, "components": components, "peak_memory_bytes": peak, "load_seconds": loaded}
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    return {"together": together, "components": components, "peak_memory_bytes": peak, "load_seconds": loaded}
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write("\n" + json.dumps(run_job(json.loads(sys.stdin.read()))) + "\n")

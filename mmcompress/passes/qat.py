@@ -108,16 +108,26 @@ class Qat(DistillationSettings, Pass):
         return batch
 
     def _export(self, model: CompressedModel, folder: Path, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Writes each component, and compares float, fake-quantized and exported outputs on a real batch."""
+        """Writes each component, and compares float, fake-quantized and exported outputs on a real batch.
+
+        Returns:
+            For each component both distances, or nothing where ``exclude`` leaves all of it in float.
+        """
         import torch
 
         from mmcompress.quantization import fake
+        from mmcompress.quantization.onnx_export import export_component
         from mmcompress.runtimes.onnx_predict import open_session
 
         found: dict[str, Any] = {}
         example = model.family.example_batch(model.module.config, 2)
         for name, part in model.family.components(model.module).items():
             inputs = [batch[i] for i in part.inputs]
+            if not any(isinstance(layer, fake.FakeQuantLinear) for layer in part.module.modules()):
+                # All of its layers are excluded: the float file takes its place in the folder.
+                export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx")
+                found[name] = {}
+                continue
             with torch.no_grad():
                 rounded = part.module(*inputs)[0]
                 fake.set_fake_quant(part.module, False)

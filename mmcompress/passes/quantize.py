@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmcompress.errors import DataError
+from mmcompress.errors import DataError, RecipeError
 from mmcompress.passes.base import Context, Pass
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Quantize(Pass):
                 found = quantize_static_int8(source, target, self._calibration(model, context, part.inputs), exclude=self.exclude)
             source.unlink()
             result[name] = asdict(found)
+        for pattern in self.exclude:
+            # Each component is quantized by itself: only a pattern that no component knows is a mistake.
+            if all(pattern in one["unmatched_exclude"] for one in result.values()):
+                raise RecipeError(f"quantize: exclude: {pattern!r} matches no layer of the model")
         new.onnx = folder
         return new, {"components": result}
 

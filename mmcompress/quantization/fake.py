@@ -100,9 +100,7 @@ class FakeQuantLinear(nn.Module):
         inputs = torch.fake_quantize_per_tensor_affine(inputs, scale, zero_point, 0, ACTIVATION_LEVELS)
         weight_scale = self.weight_scale()
         zeros = torch.zeros_like(weight_scale, dtype=torch.int32)
-        weight = torch.fake_quantize_per_channel_affine(
-            self.weight, weight_scale, zeros, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS
-        )
+        weight = torch.fake_quantize_per_channel_affine(self.weight, weight_scale, zeros, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS)
         return F.linear(inputs, weight, self.bias)
 
     def check_observed(self) -> None:
@@ -266,9 +264,7 @@ def exporting(module: nn.Module) -> Iterator[None]:
             layer.end_export()
 
 
-def export_qdq(
-    component: ComponentSpec, example_inputs: Mapping[str, Tensor], path: Path, *, tables: bool = True
-) -> None:
+def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], path: Path, *, tables: bool = True) -> None:
     """Writes a fake-quantized component as ONNX with int8 weights (QDQ), ready for integer kernels.
 
     Args:

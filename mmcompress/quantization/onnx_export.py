@@ -100,8 +100,7 @@ def _check_examples(component: ComponentSpec, example_inputs: Mapping[str, torch
     unknown = [name for name in example_inputs if name not in component.inputs]
     if missing or unknown:
         raise ValueError(
-            f"{component.name}: example inputs must be exactly {list(component.inputs)};"
-            f" missing {missing}, unknown {unknown}"
+            f"{component.name}: example inputs must be exactly {list(component.inputs)}; missing {missing}, unknown {unknown}"
         )
     for name in component.inputs:
         shape = tuple(example_inputs[name].shape)
@@ -171,9 +170,7 @@ def _name_axes(component: ComponentSpec, graph: onnx_ir.Graph) -> None:
             raise ExportError(f"{component.name}: the graph gives no shape for {name}")
         for axis, label in axes.items():
             if isinstance(shape[axis], int):
-                raise ExportError(
-                    f"{component.name}: axis {axis} ({label}) of {name} became the constant {shape[axis]}"
-                )
+                raise ExportError(f"{component.name}: axis {axis} ({label}) of {name} became the constant {shape[axis]}")
             shape[axis] = label
 
 

@@ -24,9 +24,7 @@ def file_bytes(path: Path) -> int:
     """Size of an ONNX file together with the external data beside it, in bytes."""
     folder = path.parent
     model = onnx.load(path, load_external_data=False)
-    data = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
+    data = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
     return sum(part.stat().st_size for part in (path, *(folder / name for name in data)))
 
 

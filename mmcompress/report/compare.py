@@ -149,7 +149,7 @@ def _drift(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> list
                 ms = ms_scale(t for _, t in timed)
                 each = ", ".join(f"{ms(t)} in {name}" for name, t in timed)
                 found.append(
-                    f"The same baseline at batch {batch} took {each}: the machine was not in the same state; "
+                    f"The same baseline at batch {batch} took {each}: they were not timed under equal conditions; "
                     "compare the ratios, not the milliseconds."
                 )
         scored = [(e, row.quality[metric].value) for e, row in members if metric in row.quality]

@@ -25,6 +25,8 @@ _BYTES = ((1.0, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
 _COUNTS = ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 _FLOPS = ((1.0, "FLOPs"), (1e3, "kFLOPs"), (1e6, "MFLOPs"), (1e9, "GFLOPs"), (1e12, "TFLOPs"))
 
+LONG_LIST = 8
+"""Lists with more entries are cut in the views; report.json has all of them."""
 SAME_SHARE = 0.005
 """Ratios nearer to 1 than this are called the same: they would be printed as 0%."""
 
@@ -304,6 +306,8 @@ def plain(value: Any) -> str:
         inner = ((k, f"({plain(v)})" if isinstance(v, dict) and v else plain(v)) for k, v in value.items())
         return ", ".join(f"{k}: {v}" for k, v in inner) or "none"
     if isinstance(value, list | tuple):
+        if len(value) > LONG_LIST:
+            return f"{', '.join(plain(v) for v in value[:3])}, ... ({len(value):,} in all)"
         return ", ".join(plain(v) for v in value) or "none"
     return str(value)
 

@@ -115,7 +115,7 @@ def row_tags(report: Report, row: Row) -> tuple[str, ...]:
     return tuple(tags)
 
 
-def _ratio_cell(scale: Scale, value: int | None, before: int | None, is_baseline: bool = False, bad: float = 1.005) -> Cell:
+def _ratio_cell(scale: Scale, value: int | None, before: int | None, is_baseline: bool = False, bad: float = 1.02) -> Cell:
     # A process's memory varies by itself: a per cent more there is no bad news.
     if value is None or before is None or before == 0 or is_baseline:
         return Cell(scale(value))
@@ -163,7 +163,7 @@ def metrics_table(report: Report) -> Table | None:
         for fmt in formats:
             line += [_quality_cell(fmt, row), _change_cell(fmt, row)]
         body.append(tuple(line))
-    note = " ".join(f"{name}: {text}" for name, text in report.metrics.items())
+    note = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in report.metrics.items())
     return Table("metrics", "Metrics beside the headline one", tuple(columns), tuple(body), heads=1, words=(0, 1), note=note)
 
 
@@ -241,7 +241,10 @@ def classes_table(report: Report) -> Table | None:
     if not known:
         return None
     known.sort(key=lambda found: found[0])
-    body = tuple(_class_line(*found) for found in known[:WORST])
+    worst = [found for found in known if found[0] < 0][:WORST]
+    # Where none lost, the ones that are worst off all the same.
+    shown = worst or sorted(known, key=lambda found: found[3].recall or 0.0)[:WORST]
+    body = tuple(_class_line(*found) for found in shown)
     lost, won = sum(d < 0 for d, *_ in known), sum(d > 0 for d, *_ in known)
     note = (
         f"Of {len(known):,} classes {lost:,} lost recall and {won:,} gained. These are picked as the worst: "
@@ -249,7 +252,8 @@ def classes_table(report: Report) -> Table | None:
     )
     columns = (("", "Class"), ("", "Recall change"), ("", "Recall before"), ("", "Recall after"), ("", "Precision before"),
                ("", "Precision after"), ("", "Examples"))  # fmt: skip
-    caption = f"The {len(body)} classes that lost most recall: {row_name(final)} against the baseline"
+    what = f"The {len(body)} classes that lost most recall" if worst else "No class lost recall; the ones with the least"
+    caption = f"{what}: {row_name(final)} against the baseline"
     return Table("classes", caption, columns, body, heads=1, words=(0,), note=note)
 
 

@@ -93,7 +93,10 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     """
     if not points:
         return Markup("")
-    to_x, x_ticks = _axis(0.0, max(p.x_interval[1] if p.x_interval else p.x for p in points) * 1.06, LEFT, WIDTH - RIGHT)
+    # An interval of an unsteady timing may be many times as wide as the picture; it runs out of it.
+    furthest = max(p.x for p in points)
+    widest = min(max(p.x_interval[1] if p.x_interval else p.x for p in points), 1.3 * furthest)
+    to_x, x_ticks = _axis(0.0, widest * 1.06, LEFT, WIDTH - RIGHT)
     low, high = _window(points)
     room = 0.06 * (high - low)
     to_y, y_ticks = _axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
@@ -212,7 +215,7 @@ def _bars(point: Point, to_x: Callable[[float], float], to_y: Callable[[float], 
         low, high = (to_y(v) for v in point.y_interval)
         found.append((shape.format(point.series, x, x, low, high), (x - 1, high, x + 1, low)))
     if point.x_interval:
-        left, right = (to_x(v) for v in point.x_interval)
+        left, right = (min(to_x(v), WIDTH) for v in point.x_interval)
         found.append((shape.format(point.series, left, right, y, y), (left, y - 1, right, y + 1)))
     return found
 

@@ -38,6 +38,10 @@ from mmcompress.report.schema import GateResult, Report, Row
 
 Tone = Literal["good", "bad", "caution", "neutral"]
 WIDTH = 110
+UNSTEADY = 1.5
+"""A 90th percentile this many times the median, or an interval half as wide as the median, is no steady timing."""
+NEAR_CHANCE = 0.1
+"""Below this share of the way from guessing to all right, a baseline is called hardly better than guessing."""
 SYNTHETIC = "Synthetic: the model or the data are made up. The numbers show that the tool works, nothing about real pictures."
 
 
@@ -135,18 +139,55 @@ def bad_news(report: Report) -> list[Alert]:
     """What speaks against the result besides gates (``gate_words`` has those), worst first."""
     alerts: list[Alert] = []
     if not report.totals.finished:
-        done = len({row.step for row in report.rows})
+        done = len({row.step for row in report.rows} - {BASELINE})
         alerts.append(
             Alert("bad", f"The run is not finished: {done} step{'s' * (done != 1)} measured so far, the rest is missing.")
         )
     undone = dict.fromkeys(row.step for row in report.rows if row.rolled_back)
     alerts += [Alert("bad", f"{s} was rolled back: it missed a gate, and the final model does not contain it.") for s in undone]
-    alerts += _bad_totals(report)
+    alerts += _bad_totals(report) + _near_chance(report) + _unsteady(report)
     final = final_row(report)
     if final is not None and final.loads_with == "mmcompress":
         alerts.append(Alert("caution", "The final model loads with mmcompress only, not with transformers alone."))
     alerts += [Alert("caution", f"{w.step}: {w.text}" if w.step else w.text) for w in report.warnings]
     return sorted(alerts, key=lambda a: a.tone != "bad")
+
+
+def _unsteady(report: Report) -> list[Alert]:
+    """Timings that a ratio must not be taken from: the machine did something else meanwhile."""
+    final = final_row(report)
+    found = []
+    for row in report.rows:
+        for batch, t in row.latency_ms.items():
+            if row.step not in (BASELINE, final.step if final else "") or t.p50 <= 0:
+                continue
+            if t.p90 > UNSTEADY * t.p50 or t.high - t.low > (UNSTEADY - 1) * t.p50:
+                ms = ms_scale_of(report, batch)
+                span = f"median {ms(t.p50)}, {ms.bare(t.low)} to {ms.bare(t.high)}, p90 {ms.bare(t.p90)}"
+                found.append(f"{row_name(row)} at batch {batch} ({span})")
+    if not found:
+        return []
+    words = f"The timing was unsteady: {'; '.join(found)}. The machine may have been busy with something else"
+    return [Alert("caution", f"{words}; time again before quoting a speed.")]
+
+
+def _near_chance(report: Report) -> list[Alert]:
+    """A baseline that guesses has nothing to lose, so its small drop and its met gates say nothing."""
+    baseline, metric = baseline_row(report), headline_metric(report)
+    if baseline is None or metric != "accuracy" or metric not in baseline.quality or len(baseline.classes) < 2:
+        return []
+    many = len(baseline.classes)
+    value, chance = baseline.quality[metric].value, 1 / many
+    if (value - chance) / (1 - chance) >= NEAR_CHANCE:
+        return []
+    fmt = metric_format(report, metric)
+    return [
+        Alert(
+            "caution",
+            f"The baseline itself is hardly better than guessing: {fmt.value(value)}, and one of {many:,} classes "
+            f"at random gives {fmt.value(chance)}. It has little to lose, so a small loss shows little.",
+        )
+    ]
 
 
 def _bad_totals(report: Report) -> list[Alert]:
@@ -188,7 +229,10 @@ def speed_words(report: Report, speed: Speed) -> str:
     head = f"Batch {speed.batch}: "
     if gain is None or gain.total is None:
         return f"{head}{faster(speed.ratio)} in all; not taken apart."
-    torch = "" if gain.compression_torch is None else f" In PyTorch alone, compression makes it {faster(gain.compression_torch)}."
+    torch = ""
+    if gain.compression_torch is not None:
+        word = faster(gain.compression_torch).replace("same speed", "as fast as before")
+        torch = f" In PyTorch alone, the compressed model is {word}."
     if gain.runtime is None or gain.compression is None:
         return f"{head}{faster(gain.total)} in all; the runtime's share was not measured.{torch}"
     slower = [" (slower)" if part < 1 - SAME_SHARE else "" for part in (gain.runtime, gain.compression, gain.total)]

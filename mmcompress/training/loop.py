@@ -78,21 +78,7 @@ def train(
             context.reporter.note(f"loss {loss:.3f}")
         accelerator.free_memory()
     model.module.to(home).eval()
-    seconds = time.perf_counter() - began
-    context.facts |= {
-        "steps": len(runner.losses),
-        "examples_seen": runner.examples,
-        "seconds": round(seconds, 3),
-        "data_seconds": round(feed.seconds, 3),
-        "examples_per_second": round(runner.examples / seconds, 2),
-        "final_loss": runner.facts()["final_loss"],
-        **objective.facts(),
-    }
-    if feed.damaged:
-        context.warnings.append(
-            f"{what}: {len(feed.damaged)} of {len(examples)} training examples were left out because they cannot be used; "
-            f"the first: {next(iter(feed.damaged.values()))}"
-        )
+    _report(context, what, runner, feed, time.perf_counter() - began)
     return {
         **runner.facts(),
         "batch_size": feed.batch_size,
@@ -100,6 +86,24 @@ def train(
         "device": device.type,
         "skipped": len(feed.damaged),
     }
+
+
+def _report(context: Context, what: str, runner: _Runner, feed: Feed, seconds: float) -> None:
+    """Gives the context what may differ between repetitions, and a sentence about examples that were left out."""
+    context.facts |= {
+        "steps": len(runner.losses),
+        "examples_seen": runner.examples,
+        "seconds": round(seconds, 3),
+        "data_seconds": round(feed.seconds, 3),
+        "examples_per_second": round(runner.examples / seconds, 2),
+        "final_loss": runner.facts()["final_loss"],
+        **runner.objective.facts(),
+    }
+    if feed.damaged:
+        context.warnings.append(
+            f"{what}: {len(feed.damaged)} of {len(feed.examples)} training examples were left out because they cannot be used; "
+            f"the first: {next(iter(feed.damaged.values()))}"
+        )
 
 
 def count_steps(settings: TrainingSettings, steps_per_epoch: int) -> int:
@@ -173,7 +177,8 @@ class _Runner:
         scale = getattr(model.module, "logit_scale", None)
         self.log_scale = scale if isinstance(scale, nn.Parameter) else None
         # Some models (SigLIP) come with a higher scale than CLIP's limit: it may stay, but not rise.
-        self.most = max(MOST_LOG_SCALE, float(scale.max())) if self.log_scale is not None and scale is not None else 0.0
+        start = self.log_scale.detach().max().item() if self.log_scale is not None else 0.0
+        self.most = max(MOST_LOG_SCALE, start)
         self.losses: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.examples = 0

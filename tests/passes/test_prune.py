@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import tiny
-from tests.pruning.helpers import context, embeds, full, stock_reload_is_equal
 
 from mmcompress import model as models
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
 from mmcompress.model import CompressedModel
 from mmcompress.passes.prune import PASS, Prune
+from tests import tiny
+from tests.pruning.helpers import context, embeds, full, stock_reload_is_equal
 
 SIZES = {"vision": {"ffn": 96, "depth": 3, "width": 48, "heads": 3}, "text": {"ffn": 64, "depth": 2, "width": 32, "heads": 2}}
 
@@ -78,7 +78,9 @@ def test_round_to_and_towers_left_alone(ready: CompressedModel) -> None:
     new = Prune(ratio={"vision": 0.4, "text": 0}, round_to=16).apply(ready)
     assert after(new)["vision"]["ffn"] == 64  # 57.6 is nearest to 64
     assert after(new)["text"]["ffn"] == 64
-    assert all(torch.equal(a, b) for a, b in zip(ready.module.text_model.parameters(), new.module.text_model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ready.module.text_model.parameters(), new.module.text_model.parameters(), strict=True)
+    )
 
 
 def test_the_units_that_matter_stay(ready: CompressedModel) -> None:
@@ -109,7 +111,7 @@ def test_depth_drops_the_layer_that_does_nothing(ready: CompressedModel) -> None
 @pytest.mark.parametrize("criterion", ["random", "taylor"])
 def test_the_seed_decides(criterion: str, ready: CompressedModel) -> None:
     step = Prune(ratio=0.5, criterion=criterion, samples=16, batch_size=8)
-    first, again, other = (step.apply(ready, context=context(48, seed)) for seed in (1, 1, 2))
+    first, again, other = (step.apply(ready, context=context(40, seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first.module.parameters(), again.module.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.module.parameters(), other.module.parameters(), strict=True))
 

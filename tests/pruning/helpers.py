@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests import tiny
 from transformers import CLIPModel
 
 from mmcompress.data.examples import as_examples
 from mmcompress.model import CompressedModel
 from mmcompress.passes.base import Context
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
+from tests import tiny
 
 
 def full(model: CompressedModel) -> CompressedModel:

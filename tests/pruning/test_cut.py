@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch_pruning as tp
-from tests import tiny
-from tests.pruning.helpers import embeds, full
 from torch import nn
 
 from mmcompress.errors import ModelError
 from mmcompress.families.base import UnitGroup
 from mmcompress.pruning import cut
+from tests import tiny
+from tests.pruning.helpers import embeds, full
 
 
 def test_best_keeps_the_order_and_the_first_of_equals() -> None:
@@ -20,11 +20,11 @@ def test_best_keeps_the_order_and_the_first_of_equals() -> None:
 
 
 def test_choose_over_tower_by_hand() -> None:
-    # Divided by their means (2 and 20) the groups are (2.5, .5, .5, .5) and (1.8, 1.2, .9, .1); in pairs 1.5, .5 and 1.5, .5.
-    scores = [torch.tensor([5.0, 1.0, 1.0, 1.0]), torch.tensor([2.0, 36.0, 18.0, 24.0])]
-    assert cut.choose_over_tower(scores, 4, 1) == [[0], [1, 2, 3]]
-    assert cut.choose_over_tower(scores, 4, 2) == [[0, 1], [1, 3]]
-    assert cut.choose_over_tower(scores, 1, 1) == [[0], [1]]  # no group is emptied
+    # Divided by their means (5 and 40): (2, 1.8, .2, 0) and (1, .9, 1.5, .6). In pairs: 1.9, .1 and 1.25, .75.
+    scores = [torch.tensor([10.0, 9.0, 1.0, 0.0]), torch.tensor([40.0, 36.0, 60.0, 24.0])]
+    assert cut.choose_over_tower(scores, 4, 1) == [[0, 1], [0, 2]]
+    assert cut.choose_over_tower(scores, 6, 2) == [[0, 1], [0, 1, 2, 3]]
+    assert cut.choose_over_tower(scores, 1, 1) == [[0], [2]]  # no group is emptied
     assert cut.choose_over_tower([torch.zeros(4), torch.ones(4)], 4, 1) == [[0], [0, 1, 2]]
 
 
@@ -46,7 +46,10 @@ def test_the_graph_couples_query_key_value_and_output() -> None:
     model = full(tiny.clip())
     graph = cut.trace(model.family, model.module, "text")
     group = model.family.unit_groups(model.module, "text", "heads")[1]
-    found = {(s.name.removeprefix("text_model.encoder.layers.1.self_attn."), s.dim) for s in cut.couple(graph, model.module, group).slices}
+    found = {
+        (s.name.removeprefix("text_model.encoder.layers.1.self_attn."), s.dim)
+        for s in cut.couple(graph, model.module, group).slices
+    }
     projections = {(f"{p}_proj.{kind}", 0) for p in "qkv" for kind in ("weight", "bias")}
     assert found == projections | {("out_proj.weight", 1)}
 

@@ -55,7 +55,7 @@ def test_int8_is_close_small_and_runs_on_integer_kernels(exported, tmp_path, sch
     for batch in (1, 2, 5):
         inputs = feeds(name, batch)
         assert lowest_cosine(run(target, inputs), run(exported[name], inputs)) > 0.99
-    # 2 layers of q, k, v, out, fc1, fc2, and the projection; the patch embedding only where asked for or by default
+    # 2 layers of q, k, v, out, fc1, fc2, and the projection
     matmuls = [layer for layer in result.quantized if "patch_embedding" not in layer]
     assert len(matmuls) == 13
     assert result.float_products == 4
@@ -102,18 +102,14 @@ def test_outputs_and_per_tensor_weights(exported, tmp_path):
     quantize_static_int8(exported["vision"], target, [feeds("vision", 4)], outputs=True, per_channel=False)
     assert kernels(target, tmp_path)["QLinearMatMul"] == 12
     weights = onnx_graph_int8(target)
-    scales = {
-        node.input[0]: node.input[1] for node in onnx.load(target).graph.node if node.op_type == "DequantizeLinear"
-    }
+    scales = {node.input[0]: node.input[1] for node in onnx.load(target).graph.node if node.op_type == "DequantizeLinear"}
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in onnx.load(target).graph.initializer}
     assert {sizes[scales[name]] for name in weights} == {1}
 
 
 def onnx_graph_int8(path: Path) -> list[str]:
     graph = onnx.load(path).graph
-    return [
-        tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
-    ]
+    return [tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2]
 
 
 def test_calibration_is_read_once_a_batch_at_a_time(exported, tmp_path):

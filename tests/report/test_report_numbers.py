@@ -86,6 +86,11 @@ def test_plain_values() -> None:
     assert flat({"versions": {"torch": "2.13.0"}, "year": 2026}) == [("versions.torch", "2.13.0"), ("year", "2026")]
 
 
+def test_long_lists_are_cut_and_say_so() -> None:
+    assert plain(list(range(48))) == "0, 1, 2, ... (48 in all)"
+    assert plain(["a"] * 3) == "a, a, a"
+
+
 def test_ticks_are_round() -> None:
     assert ticks(0, 43) == [0, 10, 20, 30, 40]
     assert ticks(84.3, 88.7) == [85, 86, 87, 88]

@@ -92,6 +92,34 @@ def test_speed_within_noise_is_neither_good_nor_bad() -> None:
     assert any("No clear difference in speed" in a.text for a in bad_news(report))
 
 
+def test_baseline_that_guesses_is_pointed_out() -> None:
+    """Seven classes: chance is 1/7 = 14.3%, and a tenth of the way to 100% is 22.9%."""
+    report = examples.torch_only()
+    report.rows[0].quality["accuracy"] = examples.quality(0.22)
+    assert [
+        "hardly better than guessing: 22.0%, and one of 7 classes at random gives 14.3%" in a.text for a in bad_news(report)
+    ] == [True]
+    report.rows[0].quality["accuracy"] = examples.quality(0.24)
+    assert bad_news(report) == []
+
+
+def test_unsteady_timing_is_pointed_out() -> None:
+    report = examples.torch_only()
+    report.rows[0].latency_ms["1"].p90 = 900.0
+    assert ["The timing was unsteady: baseline in PyTorch at batch 1 (median 41.3 ms" in a.text for a in bad_news(report)] == [
+        True
+    ]
+    report.rows[0].latency_ms["1"] = examples.latency(41.3)
+    report.rows[1].latency_ms["1"].p90 = 900.0  # a step in between: nothing is quoted from it
+    assert bad_news(report) == []
+
+
+def test_classes_where_none_lost() -> None:
+    report = examples.full()
+    report.rows[4].classes = report.rows[0].classes
+    assert "No class lost recall" in render_markdown(report)
+
+
 def test_nothing_bad_nothing_said() -> None:
     assert bad_news(examples.torch_only()) == []
 

@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mmcompress import passes as passes
+    from mmcompress.chain import RunResult as RunResult
+    from mmcompress.chain import run as run
     from mmcompress.model import CompressedModel as CompressedModel
     from mmcompress.model import load as load
     from mmcompress.recipe import Recipe as Recipe
     from mmcompress.recipe import load_recipe as load_recipe
     from mmcompress.report.schema import Report as Report
-    from mmcompress.chain import RunResult as RunResult
-    from mmcompress.chain import run as run
 
 _WHERE = {
     "CompressedModel": "mmcompress.model",

@@ -12,6 +12,8 @@ from mmcompress.evaluate import is_onnx_folder
 from mmcompress.measure.latency import measure
 from mmcompress.model import resolve
 
+NOTE = "all components once; each model in a process of its own; speed is relative to the first line"
+
 
 def bench_models(sources: list[str], batch_sizes: list[int], threads: int, seconds: float) -> dict[str, Any]:
     """Latency, throughput and peak memory of each model, one after the other, each in a process of its own.
@@ -68,4 +70,4 @@ def render_bench(found: dict[str, Any]) -> str:
             )
     headers = ["model", "runtime", "batch", "p50 ms", "95% of median", "p90 ms", "p99 ms", "examples/s", "speed", "peak MB"]
     text = tabulate(rows, headers=headers, disable_numparse=True)
-    return f"{text}\n\nall components once; {found['threads']} threads; each model in a process of its own; speed is relative to the first line"
+    return f"{text}\n\n{NOTE}; {found['threads']} threads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mmcompress import __version__
+from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.leaks import shared_pictures
 from mmcompress.data.sources import load_data
@@ -26,12 +28,13 @@ from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.rows import Meter, export_float
 from mmcompress.model import CompressedModel, load, resolve
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe, load_recipe, make_recipe, resolved
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
 from mmcompress.report.write import write_report
+from mmcompress.runtimes.onnx_predict import component_files
 
 STATE_FILE = "run.json"
 STEP_FILE = "step.json"
@@ -102,9 +105,13 @@ def run(
 def _exclusive(folder: Path) -> Iterator[None]:
     """Holds the folder for one run; the kernel lets go of it however the process ends."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
-        strangers = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "log.txt") and not p.name.endswith(PARTIAL))
+        strangers = sorted(
+            p.name for p in folder.iterdir() if p.name not in (".lock", "log.txt") and not p.name.endswith(PARTIAL)
+        )
         if strangers:
-            raise UserError(f"{folder}: holds {', '.join(strangers[:3])}, which no run of mmcompress left; choose another folder with -o")
+            raise UserError(
+                f"{folder}: holds {', '.join(strangers[:3])}, which no run of mmcompress left; choose another folder with -o"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -129,6 +136,7 @@ class Chain:
         self.rows: list[Row] = []
         self.gates: list[GateResult] = []
         self.warnings: list[Warning_] = []
+        self.model_class = ""
         self.names = ["00-baseline", *(f"{i:02d}-{step.name}" for i, step in enumerate(recipe.passes, 1))]
         if fresh:
             self._clear()
@@ -212,6 +220,8 @@ class Chain:
                     f"baseline's size here is that of its float32 form."
                 )
             self._save(source, place, {"seconds": time.monotonic() - start, "warnings": warnings, "facts": {}})
+        config = json.loads((place / "config.json").read_text())
+        self.model_class = str((config.get("architectures") or [""])[0])
         self._measure(0, "baseline", None)
 
     def _step(self, i: int, step: Pass, last: int) -> None:
@@ -269,7 +279,6 @@ class Chain:
         if i == 0:
             self.meter.baseline = load_scores(kept / f"scores-{rows[0].runtime}.safetensors")
         for row in rows:
-            row.notes = [n for n in row.notes if "skipped" in n]
             before = [r for r in self.rows if r.runtime == row.runtime and not r.rolled_back]
             add_notes(row, before[-1] if before else None, made_by is not None and made_by.name in ("prune", "quantize", "qat"))
         self.rows += rows
@@ -287,6 +296,13 @@ class Chain:
             if made_by is None:
                 self.meter.baseline = self.meter.scores[f"{step}.torch"]
         if makes_files and model.onnx is not None:
+            twin = self._same_files(model.onnx)
+            if twin is not None:
+                self.meter.scores[f"{step}.onnxruntime"] = load_scores(
+                    self.folder / "measurements" / Path(twin.folder).name / "scores-onnxruntime.safetensors"
+                )
+                note = f"The same components as {twin.step}, byte for byte: measured once."
+                return [*rows, twin.model_copy(update={"step": step, "notes": [note]}, deep=True)]
             quantized = any(model.onnx.glob("*_quantized.onnx"))
             rows.append(self.meter.onnx_row(model, place, step, "int8" if quantized else "float32"))
         elif changed and "onnxruntime" in wanted:
@@ -294,6 +310,18 @@ class Chain:
             rows.append(self.meter.onnx_row(model, scratch, step, "float32"))
             shutil.rmtree(scratch, ignore_errors=True)
         return rows
+
+    def _same_files(self, onnx: Path) -> Row | None:
+        """The row of an earlier step whose ONNX components are the same files; timing them again would only add noise."""
+        files = component_files(onnx)
+        for row in reversed(self.rows):
+            place = self.folder / row.folder
+            if row.runtime != "onnxruntime" or not (place / "onnx").is_dir():
+                continue
+            theirs = component_files(place)
+            if theirs.keys() == files.keys() and all(filecmp.cmp(files[n], theirs[n], shallow=False) for n in files):
+                return row
+        return None
 
     def _say_row(self, rows: list[Row]) -> None:
         for row in rows:
@@ -351,6 +379,7 @@ class Chain:
         synthetic = self.data["eval"].synthetic or self.recipe.model.startswith("bundled:")
         report = Report(
             name=self.recipe.name,
+            model_class=self.model_class,
             recipe=resolved(self.recipe),
             environment=environment() | {"threads": self.recipe.report.threads},
             metrics=dict(self.recipe.task.metrics),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from mmcompress import __version__, registry
+from mmcompress import __version__
 from mmcompress.errors import UserError
 
 app = typer.Typer(
@@ -157,8 +157,12 @@ def evaluate(
 
 @app.command()
 def bench(
-    models: Annotated[list[str], typer.Argument(help="Model folders, bundled:<name> or folders with ONNX components.", show_default=False)],
-    batch_size: Annotated[list[int] | None, typer.Option("--batch-size", min=1, help="Batch size; may repeat. Default 1.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders, bundled:<name> or folders with ONNX components.", show_default=False)
+    ],
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Batch size; may repeat. Default 1.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each measurement.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.05, help="Seconds for each figure.")] = 2.0,
     as_json: AsJson = False,
@@ -258,7 +262,7 @@ def doctor(as_json: AsJson = False) -> None:
 def main() -> None:
     """The entry point: one clear message for what a user can mend, and the exit codes 0, 1, 2 and 3."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except UserError as e:
         _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
@@ -274,7 +278,10 @@ def main() -> None:
     except Exception as e:  # noqa: BLE001  (the last resort: a bug is reported as one, in one line)
         if type(e).__module__.startswith(("click", "typer")) and hasattr(e, "format_message"):
             _fail(e.format_message(), 2)
-        _fail(f"this is a bug in mmcompress: {type(e).__name__}: {e}\nrun again with --debug (mmcompress --debug ...) to see where", 1)
+        _fail(
+            f"this is a bug in mmcompress: {type(e).__name__}: {e}\nrun again with --debug (mmcompress --debug ...) to see where",
+            1,
+        )
 
 
 def _fail(message: str, code: int) -> None:

@@ -52,14 +52,26 @@ def inspect_model(source: str | CompressedModel) -> dict[str, Any]:
 
 def render_inspection(found: dict[str, Any]) -> str:
     """The same as text."""
-    lines = [f"{found['model']}: {found['class']}, family {found['family']}, {found['parameters']:,} parameters, stored as {found['stored_dtype']}"]
+    lines = [
+        f"{found['model']}: {found['class']}, family {found['family']}, {found['parameters']:,} parameters, "
+        f"stored as {found['stored_dtype']}"
+    ]
     if found["custom"]:
         lines.append("custom shapes: loads with mmcompress or ONNX only")
     rows = []
     for tower, t in found["towers"].items():
         flops = sum(c["flops"] or 0 for c in t["components"].values())
         share = t["parameters"] / found["parameters"]
-        rows.append([tower, ", ".join(t["components"]) or "-", f"{t['parameters']:,}", f"{100 * share:.1f}%", f"{t['bytes'] / 1e6:.2f} MB", f"{flops / 1e9:.3f} G" if flops else "-"])
+        rows.append(
+            [
+                tower,
+                ", ".join(t["components"]) or "-",
+                f"{t['parameters']:,}",
+                f"{100 * share:.1f}%",
+                f"{t['bytes'] / 1e6:.2f} MB",
+                f"{flops / 1e9:.3f} G" if flops else "-",
+            ]
+        )
     headers = ["tower", "components", "parameters", "share", "bytes (float32)", "FLOPs (1 example)"]
     lines += ["", tabulate(rows, headers=headers, disable_numparse=True)]
     cuts = [

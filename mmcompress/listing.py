@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect as _inspect
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from mmcompress import registry
 from mmcompress.errors import RecipeError, one_of
@@ -63,23 +63,40 @@ def field_line(key: str, info: FieldInfo) -> str:
 
 def shown_default(info: FieldInfo) -> str:
     """A default as YAML would write it."""
-    value: Any = info.default if info.default is not PydanticUndefined else info.default_factory() if info.default_factory else None  # type: ignore[call-arg]
+    value: Any = info.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, BaseModel):
         return "see below"
     return "none" if value is None else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 
+_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
+
+
 def type_name(annotation: Any) -> str:
     """A type as a reader of YAML would call it."""
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    text = text.replace("typing.", "").replace("mmcompress.recipe.", "").replace("NoneType", "None")
-    if text.startswith("Literal["):
-        return "one of " + text[len("Literal[") : -1].replace("'", "")
-    return text.replace(" | None", "").replace("Optional[", "").replace("str", "text").replace("float", "number").replace("int", "integer")
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(inside[0])
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(a) for a in inside if a is not type(None))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inside)) if len(inside) > 1 else str(inside[0])
+    if origin is list:
+        return f"list of {type_name(inside[0])}"
+    if origin is dict:
+        return f"mapping of {type_name(inside[0])} to {type_name(inside[1])}"
+    return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _limits(metadata: Any) -> list[str]:
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "at least this many:", "max_length": "at most this many:"}
+    words = {
+        "ge": "at least",
+        "gt": "above",
+        "le": "at most",
+        "lt": "below",
+        "min_length": "at least this many:",
+        "max_length": "at most this many:",
+    }
     return [f"{word} {getattr(metadata, key)}" for key, word in words.items() if getattr(metadata, key, None) is not None]
 
 

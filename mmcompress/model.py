@@ -138,10 +138,7 @@ def check_reload(model: CompressedModel, folder: Path) -> None:
     Raises:
         ModelError: the folder does not load, or its outputs differ from the model's in memory.
     """
-    if model.custom:
-        again = load(folder).module
-    else:
-        again = _load_stock(folder, model.family.model_class(), str(folder))[0]
+    again = load(folder).module if model.custom else _load_stock(folder, model.family.model_class(), str(folder))[0]
     batch = model.family.example_batch(model.module.config, 2)
     device = next(model.module.parameters()).device
     again = again.to(device)
@@ -340,7 +337,7 @@ def _load_custom(folder: Path, family: Family, config: PretrainedConfig, shapes:
 def reshape_like(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
     """Gives every parameter the shape recorded for its name, and keeps the size attributes of Linear and LayerNorm right."""
     for name, part in module.named_modules():
-        own = {n: p for n, p in part.named_parameters(recurse=False)}
+        own = dict(part.named_parameters(recurse=False))
         for short, parameter in own.items():
             shape = shapes.get(f"{name}.{short}" if name else short)
             if shape is not None and list(parameter.shape) != list(shape):

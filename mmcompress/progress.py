@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -60,7 +60,7 @@ class TerminalReporter(Reporter):
         if self._bars is None:
             yield from items
             return
-        size = total if total is not None else len(items) if hasattr(items, "__len__") else None
+        size = total if total is not None else len(items) if isinstance(items, Sized) else None
         outer, task = self._task, self._bars.add_task(what, total=size, note="")
         self._task = task
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mmcompress import registry
 from mmcompress.errors import RecipeError
-from mmcompress.recipe_errors import LineMap, explain
+from mmcompress.recipe_errors import LineMap, cut_middle, explain
 
 SPLITS = ("train", "calibration", "eval")
 RUNTIMES = ("torch", "onnxruntime")
+MOST_VALUES = 100_000
+"""A few lines of nested YAML aliases can stand for billions of values; a recipe of this many is damaged."""
 
 
 class _Strict(BaseModel):
@@ -28,20 +31,26 @@ class Source(_Strict):
 
     path: str | list[str] | None = Field(
         None,
-        description="A local Parquet, JSONL, CSV or WebDataset (.tar) file or a list of them, a folder of images, a Hugging Face hub id, "
+        description="A local Parquet, JSONL, CSV or WebDataset (.tar) file or a list of them, a folder of images, a hub id, "
         "or `bundled:shapes`.",
     )
     from_: Literal["train", "eval"] | None = Field(
         None, alias="from", description="Take the examples from another split instead of a path."
     )
     config: str | None = Field(None, description="The configuration of a hub data set that has several.")
-    split: str | None = Field(None, description="The split inside the path: of a hub data set, or train/validation/test of bundled data.")
+    split: str | None = Field(
+        None, description="The split inside the path: of a hub data set, or train/validation/test of bundled data."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Role to column name, for roles image, text, label. Common names are found without it.",
     )
-    classes: list[str] | None = Field(None, description="Class names in the order of the label numbers, where the data does not say.")
-    samples: int | None = Field(None, ge=1, description="Use this many examples, chosen by the recipe's seed. All where left out.")
+    classes: list[str] | None = Field(
+        None, description="Class names in the order of the label numbers, where the data does not say."
+    )
+    samples: int | None = Field(
+        None, ge=1, description="Use this many examples, chosen by the recipe's seed. All where left out."
+    )
     skip_damaged: bool = Field(False, description="Skip and count pictures that do not decode, instead of stopping.")
 
     @model_validator(mode="after")
@@ -63,11 +72,13 @@ class Gate(_Strict):
     """A condition on quality, judged on the 95% interval: it is met only if the whole interval is on the right side."""
 
     metric: str = Field(description="A metric of the task; `mmcompress list tasks <task>` shows them.")
-    max_drop: float | None = Field(None, ge=0, le=100, description="Largest allowed drop against the baseline, in points (0 to 100).")
+    max_drop: float | None = Field(
+        None, ge=0, le=100, description="Largest allowed drop against the baseline, in points (0 to 100)."
+    )
     min_value: float | None = Field(None, ge=0, le=100, description="Smallest allowed value, in points (0 to 100).")
     on_miss: Literal["report", "rollback", "stop"] = Field(
         "report",
-        description="report: judge the final model only, exit code 3 when missed. rollback: judge every step, undo one that misses and go "
+        description="report: judge the final model only, exit code 3 when missed. rollback: judge every step, undo a miss and go "
         "on from the step before. stop: judge every step and end the run at the first that misses.",
     )
 
@@ -81,24 +92,34 @@ class Gate(_Strict):
 class ReportSettings(_Strict):
     """What is measured, and how."""
 
-    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field([1, 8], min_length=1, description="Batch sizes that latency is measured at.")
+    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        [1, 8], min_length=1, description="Batch sizes that latency is measured at."
+    )
     threads: int = Field(2, ge=1, le=1024, description="Threads of every measurement.")
     runtimes: list[Literal["torch", "onnxruntime"]] = Field(
         ["torch", "onnxruntime"],
         min_length=1,
         description="Runtimes that every step is measured in. With both, the gain of the runtime and of compression stand apart.",
     )
-    seconds: float = Field(2.0, gt=0, le=600, description="Time spent on each latency figure, in seconds (at least 20 calls are made).")
-    device: Literal["auto", "cuda", "mps", "cpu"] = Field("cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU.")
+    seconds: float = Field(
+        2.0, gt=0, le=600, description="Time spent on each latency figure, in seconds (at least 20 calls are made)."
+    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
+    )
     eval_batch_size: int = Field(64, ge=1, le=4096, description="Batch size while scoring.")
 
 
 class Recipe(_Strict):
     """A model, a task with its data, and an ordered list of passes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="The run's name: letters, digits, dot, dash, underscore.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="The run's name: letters, digits, dot, dash, underscore."
+    )
     model: str = Field(min_length=1, description="Hub id, local folder, or `bundled:<name>`.")
-    trust_remote_code: bool = Field(False, description="Let transformers run code that comes with the model. Off unless you say so.")
+    trust_remote_code: bool = Field(
+        False, description="Let transformers run code that comes with the model. Off unless you say so."
+    )
     task: Any = Field(description="What the model is for; decides loss and metrics.")
     data: Data
     passes: list[Any] = Field(default_factory=list, description="The steps, run in this order; a pass may repeat.")
@@ -125,7 +146,9 @@ class Recipe(_Strict):
         for which in ("train", "calibration"):
             source = getattr(self.data, which)
             if source is not None and source.from_ in (which, "eval"):
-                raise ValueError(f"data.{which}.from: {source.from_!r} would read {'itself' if source.from_ == which else 'the test data'}")
+                raise ValueError(
+                    f"data.{which}.from: {source.from_!r} would read {'itself' if source.from_ == which else 'the test data'}"
+                )
         if self.data.eval.from_ is not None:
             raise ValueError("data.eval.from: scoring needs examples of its own; give a path")
         return self
@@ -201,57 +224,82 @@ def make_recipe(raw: Mapping[str, Any], lines: LineMap | None = None, near: Path
 
 def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], LineMap]:
     """YAML to plain data and a map from key paths to line numbers. Repeated keys are errors."""
+    lines: dict[tuple[str | int, ...], int] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[tuple[str | int, ...], int] = {}
-        repeated = _walk(node, (), lines)
+        _walk(node, (), lines, file)
         raw = yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{file}{at}: is not valid YAML: {e.problem or e.context}") from e
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise RecipeError(f"{file}: is not valid YAML: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
-    if repeated is not None:
-        key, line = repeated
-        raise RecipeError(f"{file}, line {line}: the key {key!r} stands twice")
+        raise RecipeError(f"{file}{at}: is not valid YAML: {_yaml_problem(e)}") from e
+    except yaml.YAMLError as e:
+        raise RecipeError(
+            f"{file}: is not valid YAML: {cut_middle(str(e).splitlines()[0]) if str(e) else type(e).__name__}"
+        ) from e
+    except RecursionError as e:
+        raise RecipeError(f"{file}: is not valid YAML: nested too deeply, or an alias that holds itself") from e
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        # PyYAML's own constructors stumble so over scalars with a wrong explicit tag or an impossible date.
+        if isinstance(e, RecipeError):
+            raise
+        raise RecipeError(f"{file}: is not valid YAML: a value does not fit its tag or form: {cut_middle(str(e))!r}") from e
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values; found {found}")
     return raw, LineMap(file, lines)
 
 
-def _walk(
-    node: yaml.Node | None, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]
-) -> tuple[str, int] | None:
-    """Fills ``lines``; returns the first repeated key with its line."""
+def _yaml_problem(e: yaml.MarkedYAMLError) -> str:
+    said = cut_middle(str(e.problem or e.context))
+    if said.startswith("could not determine a constructor for the tag"):
+        return f"the tag {said.split(chr(39))[1].replace('tag:yaml.org,2002:', '!!')} is not allowed; a recipe is plain data"
+    return said
+
+
+def _walk(node: yaml.Node | None, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], file: str) -> None:
+    """Fills ``lines``.
+
+    Raises:
+        RecipeError: a key stands twice, a text is no Unicode, or aliases of aliases stand for more values than any recipe has.
+    """
     if node is None:
-        return None
-    lines.setdefault(at, node.start_mark.line + 1)
+        return
+    line = node.start_mark.line + 1
+    lines.setdefault(at, line)
+    if len(lines) > MOST_VALUES:
+        raise RecipeError(f"{file}, line {line}: more than {MOST_VALUES} values, aliases counted out; a recipe has fewer")
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{file}, line {key.start_mark.line + 1}: a key is a list or a mapping; allowed: a text")
+            name = str(key.value)
+            _check_text(key, file)
             if name in seen and name != "<<":
-                return name, line
+                raise RecipeError(f"{file}, line {key.start_mark.line + 1}: the key {cut_middle(name)!r} stands twice")
             seen.add(name)
-            lines[(*at, name)] = line
-            repeated = _walk(value, (*at, name), lines)
-            if repeated:
-                return repeated
+            lines[(*at, name)] = key.start_mark.line + 1
+            _walk(value, (*at, name), lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            repeated = _walk(value, (*at, i), lines)
-            if repeated:
-                return repeated
-    return None
+            _walk(value, (*at, i), lines, file)
+    elif isinstance(node, yaml.ScalarNode):
+        _check_text(node, file)
+
+
+def _check_text(node: yaml.ScalarNode, file: str) -> None:
+    """Escapes can write half of a surrogate pair, which no file can hold, or NUL, which no path can."""
+    bad = next((c for c in str(node.value) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        raise RecipeError(f"{file}, line {node.start_mark.line + 1}: a text holds {bad!r}, which is no character of a text")
 
 
 def set_value(raw: dict[str, Any], override: str, lines: LineMap) -> None:
     """Applies one ``key.path=value`` to plain recipe data; list items are addressed by number (``passes.0.ratio``).
 
     Raises:
-        RecipeError: the override has no ``=``, its value is not YAML, or its path leads through something that is no mapping or list.
+        RecipeError: the override has no ``=``, its value is not YAML, or its path leads nowhere.
     """
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
@@ -287,7 +335,8 @@ def _localise(raw: Mapping[str, Any], near: Path) -> dict[str, Any]:
     def local(value: Any) -> Any:
         if isinstance(value, list):
             return [local(v) for v in value]
-        if isinstance(value, str) and ":" not in value and not Path(value).exists() and (near / value).exists():
+        # Unlike Path.exists, os.path.exists takes names that are too long for a file as absent.
+        if isinstance(value, str) and ":" not in value and not os.path.exists(value) and os.path.exists(near / value):
             return str(near / value)
         return value
 

@@ -14,6 +14,8 @@ from mmcompress import registry
 from mmcompress.errors import did_you_mean, one_of
 
 Path_ = tuple[str | int, ...]
+MOST_LINES = 25
+LONGEST = 400
 
 
 @dataclass
@@ -56,11 +58,13 @@ def explain(error: ValidationError, model: type[BaseModel], lines: LineMap) -> s
             # Checks across keys name their own path at the start of the message.
             head, _, _ = str(detail["ctx"]["error"]).partition(":")
             keys = tuple(int(k) if k.isdigit() else k for k in head.split("."))
-            found.append((lines.lines.get(keys, 0), f"{lines.where(keys)}: {detail['ctx']['error']}"))
+            found.append((lines.lines.get(keys, 0), f"{lines.where(keys)}: {cut_middle(str(detail['ctx']['error']))}"))
             continue
-        shown = ".".join(map(str, path))
-        found.append((lines.lines.get(path, 10**6), f"{lines.where(path)}: {shown + ': ' if shown else ''}{text}"))
+        shown = ".".join(map(_plain, path))
+        found.append((lines.lines.get(path, 10**6), f"{lines.where(path)}: {shown + ': ' if shown else ''}{cut_middle(text)}"))
     unique = list(dict.fromkeys(text for _, text in sorted(found, key=lambda pair: pair[0])))
+    if len(unique) > MOST_LINES:
+        unique = [*unique[:MOST_LINES], f"{lines.file}: and {len(unique) - MOST_LINES} more mistakes"]
     return "\n".join(unique)
 
 
@@ -81,14 +85,14 @@ def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Path_, 
             if i + 1 < len(keys):
                 i += 1
                 owner = _tagged("passes" if key == "passes" else "tasks", str(keys[i]))
-        elif i + 1 < len(keys) and isinstance(keys[i + 1], str) and _is_union_tag(keys[i + 1]):
+        elif i + 1 < len(keys) and _is_union_tag(keys[i + 1]):
             break
         elif i + 1 < len(keys) and isinstance(keys[i + 1], int) and owner is not None:
             i += 1
             path.append(keys[i])
         i += 1
     parent: Any = model
-    walk = [k for k in loc[:-1]]
+    walk = list(loc[:-1])
     if loc and loc[0] in ("passes", "task"):
         tag = loc[2] if loc[0] == "passes" and len(loc) > 2 else loc[1] if len(loc) > 1 else None
         kind = "passes" if loc[0] == "passes" else "tasks"
@@ -99,8 +103,10 @@ def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Path_, 
     return tuple(path), parent if _is_model(parent) else None
 
 
-def _is_union_tag(key: str) -> bool:
+def _is_union_tag(key: str | int) -> bool:
     """Pydantic puts the branch of a plain union (``float``, ``dict[str,float]``) into the path; no recipe key looks so."""
+    if not isinstance(key, str):
+        return False
     return key in ("float", "int", "str", "bool") or "[" in key or key.startswith(("constrained-", "function-", "literal"))
 
 
@@ -153,6 +159,17 @@ def _sentence(detail: ErrorDetails, path: Path_, owner: type[BaseModel] | None) 
         return f"{ctx['error']}"
     message = detail["msg"][:1].lower() + detail["msg"][1:]
     return f"found {_short(given)}; {message.replace('input should', 'it should')}"
+
+
+def cut_middle(text: str) -> str:
+    """Keeps the beginning, which says what was found, and the end, which says what is allowed, of a text that is very long."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def _plain(key: str | int) -> str:
+    """A key as it stands, unless it would break the line or flood it."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 60 else _short(text)
 
 
 def _short(value: Any) -> str:

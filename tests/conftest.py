@@ -9,11 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tests import tiny
 
-from mmcompress.measure import latency, worker
 from mmcompress.logs import silence_libraries
+from mmcompress.measure import latency, worker
 from mmcompress.model import CompressedModel
+from tests import tiny
 
 # Two test processes share the cores: threads that wait for each other would cost far more than they bring.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests import tiny
 from transformers import CLIPModel
 
 import mmcompress as mm
@@ -24,6 +23,7 @@ from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError,
 from mmcompress.measure import latency, worker
 from mmcompress.model import load
 from mmcompress.report.read import open_run
+from tests import tiny
 
 FULL = [
     {"pass": "prune", "axis": "ffn", "ratio": {"vision": 0.5}},
@@ -212,7 +212,9 @@ BREAK = [{"pass": "prune", "axis": "ffn", "ratio": 0.5}, {"pass": "prune", "axis
     ],
 )
 def test_gates(tmp_path: Path, gate: dict[str, Any], verdicts: list[str], kept: int, met: bool) -> None:
-    passes = BREAK if gate["metric"] == "accuracy" else [{"pass": "finetune", "max_steps": 1, "batch_size": 8, "learning_rate": 1e-9}]
+    passes = (
+        BREAK if gate["metric"] == "accuracy" else [{"pass": "finetune", "max_steps": 1, "batch_size": 8, "learning_rate": 1e-9}]
+    )
     result = mm.run(tiny.recipe(tmp_path, passes=passes, gates=[gate]), tmp_path / "run")
     found = [g.verdict for g in result.report.gates]
     assert found == verdicts
@@ -257,7 +259,9 @@ def edit(folder: Path, what: str) -> dict[str, Any]:
     elif what == "empty":
         tiny.dataset(6).select([]).to_parquet(str(folder / "test.parquet"))
     elif what == "nan":
-        recipe["passes"] = [{"pass": "finetune", "learning_rate": 1.0, "precision": "fp32", "epochs": 200, "batch_size": 16, "grad_clip": 0}]
+        recipe["passes"] = [
+            {"pass": "finetune", "learning_rate": 1.0, "precision": "fp32", "epochs": 200, "batch_size": 16, "grad_clip": 0}
+        ]
         model = tiny.clip()
         with torch.no_grad():
             model.module.logit_scale.fill_(float("nan"))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 from transformers import CLIPModel
 
 from mmcompress import model as models
 from mmcompress.errors import ModelError
 from mmcompress.model import CompressedModel, load
+from tests import tiny
 
 
 def outputs(module: torch.nn.Module) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_a_save_that_would_not_reload_is_an_error_and_leaves_nothing(model: Comp
     layer = model.module.vision_model.encoder.layers[0].mlp
     layer.fc1 = torch.nn.Linear(48, 40)
     layer.fc2 = torch.nn.Linear(40, 48)
-    with pytest.raises(ModelError, match="do not fit|cannot be loaded"):
+    with pytest.raises(ModelError, match=r"do not fit|cannot be loaded"):
         model.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests import tiny
 
 from mmcompress.errors import RecipeError
 from mmcompress.recipe import json_schema, load_recipe, make_recipe, resolved
+from tests import tiny
 
 GOOD = """\
 name: good

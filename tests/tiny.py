@@ -48,8 +48,21 @@ def processor() -> Processor:
 def clip_config(**vision: Any) -> CLIPConfig:
     """Two layers and two heads of 16 in each tower; the vision tower has 3 layers."""
     end = len(WORDS) - 1
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(WORDS)}
-    seen = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 16, "patch_size": 8}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": len(WORDS),
+    }
+    seen = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     return CLIPConfig(
         text_config={**text, "max_position_embeddings": 16, "eos_token_id": end, "bos_token_id": 1, "pad_token_id": 0},
         vision_config={**seen, **vision},

@@ -108,7 +108,7 @@ class Examples(Sequence[dict[str, Any]]):
                 raise DataError(f"{self.name}: the labels in {column!r} name no classes; give their names with classes: [...]")
 
     def narrow(self, roles: Mapping[str, str], who: str) -> None:
-        """Keeps only the columns that a task reads, so that what is wrong with another column stops nothing; checks as ``need``."""
+        """Checks as ``need``, then keeps only the columns that a task reads: what is wrong with others stops nothing."""
         self.need(roles, who)
         self.columns = {role: column for role, column in self.columns.items() if role in roles}
 
@@ -180,7 +180,8 @@ def decode_image(value: Any, where: str, folder: Path | None = None) -> Image.Im
             value = value.convert("RGBA")
             ground = Image.new("RGBA", value.size, (255, 255, 255, 255))
             value = Image.alpha_composite(ground, value)
-        return value.convert("RGB")
+        rgb: Image.Image = value.convert("RGB")
+        return rgb
     except (OSError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as e:
         raise DataError(f"{where}: the picture does not decode: {e}") from e
     except ValueError as e:
@@ -198,10 +199,7 @@ def as_examples(data: Any, name: str = "data") -> Examples:
     if isinstance(data, Examples):
         return data
     classes = None
-    if isinstance(data, datasets.Dataset):
-        names = list(data.column_names)
-    else:
-        names = list(data[0]) if len(data) else []
+    names = list(data.column_names) if isinstance(data, datasets.Dataset) else list(data[0]) if len(data) else []
     columns = guess_columns(names)
     if isinstance(data, datasets.Dataset):
         data, classes = undecoded(data, columns)
@@ -226,7 +224,7 @@ def guess_columns(names: Sequence[str]) -> dict[str, str]:
 
 
 def undecoded(data: datasets.Dataset, columns: Mapping[str, str]) -> tuple[datasets.Dataset, list[str] | None]:
-    """A data set whose pictures stay bytes until they are asked for (so that one bad file does not stop a scan), and its classes."""
+    """A data set whose pictures stay bytes until asked for, so that one bad file does not stop a scan; and its classes."""
     image = columns.get("image")
     if image is not None and isinstance(data.features.get(image), datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))

@@ -160,7 +160,9 @@ def _same_classes(found: dict[str, Examples]) -> None:
 
 def _inferred(examples: Examples) -> bool:
     rows = examples.rows
-    return isinstance(rows, datasets.Dataset) and not isinstance(rows.features.get(examples.columns["label"]), datasets.ClassLabel)
+    return isinstance(rows, datasets.Dataset) and not isinstance(
+        rows.features.get(examples.columns["label"]), datasets.ClassLabel
+    )
 
 
 def _line(e: BaseException) -> str:

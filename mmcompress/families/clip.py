@@ -55,8 +55,7 @@ class Clip(Family):
         {
             "ffn": "hidden units of the feed-forward layers; sets intermediate_size",
             "depth": "whole layers; sets num_hidden_layers",
-            "width": "residual width together with whole heads at constant head size; "
-            "sets hidden_size and num_attention_heads",
+            "width": "residual width together with whole heads at constant head size; sets hidden_size and num_attention_heads",
             "heads": "attention heads alone; no config key of CLIP says so, needs allow_custom",
         }
     )
@@ -67,6 +66,10 @@ class Clip(Family):
 
     def _encoder(self, module: PreTrainedModel, tower: str) -> Any:
         return module.vision_model if tower == "vision" else module.text_model
+
+    def _layers(self, module: PreTrainedModel, tower: str) -> Any:
+        """Untyped: nn.Module's attributes are all ``Tensor | Module`` to a type checker."""
+        return self._encoder(module, tower).encoder.layers
 
     def tower_modules(self, module: PreTrainedModel) -> dict[str, list[nn.Module]]:
         return {
@@ -81,10 +84,10 @@ class Clip(Family):
         prefix = f"{tower}_model"
         if axis == "width":
             # Any module that writes to the residual stream will do as the root: the graph finds all others.
-            root = self.layers(module, tower)[0].mlp.fc2
+            root = self._layers(module, tower)[0].mlp.fc2
             return [UnitGroup(tower, axis, f"{prefix}.encoder.layers.0.mlp.fc2", root, root.out_features)]
         groups = []
-        for i, layer in enumerate(self.layers(module, tower)):
+        for i, layer in enumerate(self._layers(module, tower)):
             name = f"{prefix}.encoder.layers.{i}"
             if axis == "ffn":
                 fc1 = layer.mlp.fc1
@@ -106,7 +109,7 @@ class Clip(Family):
         config = cast(Any, type(module.config)).from_dict(module.config.to_dict())
         for tower in self.towers:
             sub = config.vision_config if tower == "vision" else config.text_config
-            layers = self.layers(module, tower)
+            layers = self._layers(module, tower)
             ffn = {layer.mlp.fc1.out_features for layer in layers}
             width = {layer.self_attn.q_proj.in_features for layer in layers}
             inner = {layer.self_attn.v_proj.out_features for layer in layers}

@@ -31,7 +31,8 @@ def changes(scores: Scores, baseline: Scores) -> dict[str, Change]:
             continue
         low, high = difference_interval(new, old)
         lost, won = int((new < old).sum()), int((new > old).sum())
-        same_answers = scores.answers is None or np.array_equal(scores.answers, baseline.answers)
+        ours, theirs = scores.answers, baseline.answers
+        same_answers = ours is None or (theirs is not None and np.array_equal(ours, theirs))
         verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
         if lost == won == 0 and same_answers:
             verdict = "identical"

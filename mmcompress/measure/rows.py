@@ -17,7 +17,7 @@ from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
 from mmcompress.quantization.onnx_export import export_component
 from mmcompress.recipe import ReportSettings
-from mmcompress.report.schema import ComponentRow, Parity, Row
+from mmcompress.report.schema import ComponentRow, Latency, Parity, Row
 from mmcompress.runtimes.base import Predict
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
@@ -120,11 +120,14 @@ def _components(
     parameters: dict[str, int],
     disk: dict[str, int],
     flops: dict[str, int],
-    timed: dict[str, dict[str, latency.Latency]],
+    timed: dict[str, dict[str, Latency]],
 ) -> dict[str, ComponentRow]:
     return {
         tower: ComponentRow(
-            parameters=parameters.get(tower, 0), disk_bytes=disk.get(tower, 0), flops=flops.get(name), latency_ms=timed.get(name, {})
+            parameters=parameters.get(tower, 0),
+            disk_bytes=disk.get(tower, 0),
+            flops=flops.get(name),
+            latency_ms=timed.get(name, {}),
         )
         for name, tower in tower_of.items()
     }

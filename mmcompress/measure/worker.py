@@ -10,12 +10,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 WARM_UP = 5
+ROUNDS = 5
 LEAST_CALLS = 20
 MOST_CALLS = 5_000
 
@@ -44,7 +46,7 @@ def onnx_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], An
     from mmcompress.runtimes.onnx_predict import OnnxPredict  # torch-free
 
     folder = Path(job["folder"])
-    predict = OnnxPredict(folder, job["threads"])
+    predict = OnnxPredict(folder, job["threads"], own_process=__name__ == "__main__")
     at = next((p for p in (folder / "config.json", folder.parent / "config.json") if p.exists()), None)
     config = json.loads(at.read_text()) if at else {}
 
@@ -52,7 +54,7 @@ def onnx_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], An
         found: dict[str, Callable[[], Any]] = {}
         for name, session in predict.sessions.items():
             arrays = example_arrays(config, {i.name: i.shape for i in session.get_inputs()}, batch)
-            found[name] = lambda name=name, arrays=arrays: predict(name, arrays)
+            found[name] = partial(predict, name, arrays)
         return found
 
     return calls
@@ -82,21 +84,17 @@ def torch_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], A
 
     def calls(batch: int) -> dict[str, Callable[[], Any]]:
         example = {k: v.to(device) for k, v in model.family.example_batch(module.config, batch).items()}
-        return {
-            name: lambda name=name, part=part: call(name, [example[i] for i in part.inputs])  # type: ignore[misc]
-            for name, part in parts.items()
-        }
+        return {name: partial(call, name, [example[i] for i in part.inputs]) for name, part in parts.items()}
 
     return calls
 
 
 def timed(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of single calls, after a warm-up, until the time is used up and at least 20 calls were made."""
-    for _ in range(WARM_UP):
-        call()
+    """Milliseconds of single calls until the time is used up and the least number of calls of a round was made."""
     times: list[float] = []
+    call()  # the caches still hold the figure timed before
     end = time.perf_counter() + seconds
-    while len(times) < LEAST_CALLS or (time.perf_counter() < end and len(times) < MOST_CALLS):
+    while len(times) < LEAST_CALLS // ROUNDS or (time.perf_counter() < end and len(times) < MOST_CALLS // ROUNDS):
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
@@ -110,6 +108,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     together: dict[str, list[float]] = {}
     components: dict[str, dict[str, list[float]]] = {}
+    figures: list[tuple[list[float], Callable[[], Any], float]] = []
     for batch in job["batch_sizes"]:
         calls = make(batch)
 
@@ -117,12 +116,30 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             for call in calls.values():
                 call()
 
-        together[str(batch)] = timed(all_of, job["seconds"])
+        figures.append((together.setdefault(str(batch), []), all_of, job["seconds"]))
         for name, call in calls.items():
-            components.setdefault(name, {})[str(batch)] = timed(call, job["seconds"] / 2)
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"together": together, "components": components, "peak_memory_bytes": peak, "load_seconds": loaded}
+            figures.append((components.setdefault(name, {}).setdefault(str(batch), []), call, job["seconds"] / 2))
+    for _, call, _ in figures:
+        for _ in range(WARM_UP):
+            call()
+    # All figures take turns, so that a busy second of the machine touches a fifth of each and no median.
+    for _ in range(ROUNDS):
+        for times, call, seconds in figures:
+            times += timed(call, seconds / ROUNDS)
+    return {"together": together, "components": components, "peak_memory_bytes": peak_memory_bytes(), "load_seconds": loaded}
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process.
+
+    On Linux from /proc: what getrusage says there can be the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    # ru_maxrss is in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmcompress.passes.base import Context, Pass
+from mmcompress.context import Context
+from mmcompress.passes.base import Pass
 from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:

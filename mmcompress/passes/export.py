@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mmcompress.context import Context
 from mmcompress.errors import DataError
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 
 if TYPE_CHECKING:
     from mmcompress.model import CompressedModel
@@ -57,7 +58,9 @@ class Export(Pass):
             # A fact of this machine's kernels, not of the model: it stays out of the model's own files.
             context.facts["parity"] = {name: one.model_dump() for name, one in found.items()}
         else:
-            context.warnings.append("export: the recipe has no training or calibration data, so parity was not checked by the pass itself.")
+            context.warnings.append(
+                "export: the recipe has no training or calibration data, so parity was not checked by the pass itself."
+            )
         return new, result
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mmcompress import registry
+from mmcompress.context import Context
 from mmcompress.errors import RecipeError, one_of
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 from mmcompress.pruning.units import Axis, Scope, Shares
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ class Quantize(Pass):
     samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static (8 to 100000).")
     exclude: list[str] = Field(
         default_factory=list,
-        description="Layers to leave in float: dotted module paths such as `visual_projection` or `encoder.layers.0`, globs allowed.",
+        description="Layers to leave in float: dotted module paths such as `visual_projection` or `layers.0`, globs allowed.",
     )
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:

@@ -22,7 +22,9 @@ def judge(gate: Gate, row: Row) -> GateResult:
         what, said = f"{gate.metric} is {100 * value.value:.2f}", f"at least {limit:g} is asked for"
     met, missed = 100 * low >= limit, 100 * high < limit
     verdict = "met" if met else "missed" if missed else "not shown"
-    interval = f"95% interval {_points(low)} to {_points(high)}" if gate.max_drop is not None else f"{100 * low:.2f} to {100 * high:.2f}"
+    interval = (
+        f"95% interval {_points(low)} to {_points(high)}" if gate.max_drop is not None else f"{100 * low:.2f} to {100 * high:.2f}"
+    )
     words = f"{what} ({interval}); {said}: {verdict}"
     if verdict == "not shown":
         words += " (the interval holds the limit; more evaluation examples would decide)"
@@ -61,7 +63,8 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
             continue
         if now.low > was.high and now.p50 > 1.03 * was.p50:
             row.notes.append(
-                f"Slower than {before.step} at batch {batch}: {now.p50:.2f} ms against {was.p50:.2f} ms ({now.p50 / was.p50:.2f}x)."
+                f"Slower than {before.step} at batch {batch}: {now.p50:.2f} ms against {was.p50:.2f} ms, "
+                f"{now.p50 / was.p50:.2f}x."
             )
     for name, found in row.parity.items():
         if found.min_cosine < 0.9:
@@ -141,7 +144,7 @@ def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metr
         text = f"{metric} {100 * was.value:.1f} to {100 * now.value:.1f}"
         change = final.change.get(metric)
         if change is not None:
-            text += f" ({_points(change.difference)} points, 95% interval {_points(change.low)} to {_points(change.high)}, n = {change.n})"
+            text += f" ({_points(change.difference)} points, 95% interval {_points(change.low)} to {_points(change.high)})"
         parts.append(text)
     return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + "."
 

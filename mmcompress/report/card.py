@@ -29,7 +29,7 @@ def render_card(report: Report) -> str:
         "alerts": bad_news(report),
         "gates": gate_words(report),
         "speeds": [speed_words(report, s) for s in speeds(report) if s.ratio is not None],
-        "model_class": model_class(str(report.recipe.get("model", ""))),
+        "model_class": report.model_class or "AutoModel",
         "loads_with": model.loads_with if model else "",
         "has_onnx": final is not None and any(r.runtime != "torch" for r in shown if r.step == final.step),
         "final": row_name(final) if final else "",
@@ -104,9 +104,3 @@ def _model_row(report: Report) -> Row | None:
     """The row of what lies in ``model/``: the last torch model that was kept."""
     rows = [row for row in report.rows if row.runtime == "torch" and not row.rolled_back and row.step != BASELINE]
     return rows[-1] if rows else None
-
-
-def model_class(model: str) -> str:
-    """``CLIPModel`` where the model's name says so; the report names no family, and ``AutoModel`` always works."""
-    name = model.rsplit("/", 1)[-1].rsplit(":", 1)[-1].lower()
-    return "CLIPModel" if re.match(r"(shapes-)?clip(-|$)", name) else "AutoModel"

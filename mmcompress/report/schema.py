@@ -94,7 +94,9 @@ class Row(_Model):
     classes: dict[str, ClassScore] = Field(default_factory=dict)
     parity: dict[str, Parity] = Field(default_factory=dict, description="By component; ONNX rows only.")
     loads_with: Literal["transformers", "mmcompress", "onnx"] = "transformers"
-    rolled_back: bool = Field(False, description="A gate was missed and the step was undone; later steps build on the one before.")
+    rolled_back: bool = Field(
+        False, description="A gate was missed and the step was undone; later steps build on the one before."
+    )
     notes: list[str] = Field(default_factory=list, description="What the numbers say in words, bad news included.")
     settings: dict[str, Any] = Field(default_factory=dict, description="The pass's settings as they were run.")
     result: dict[str, Any] = Field(default_factory=dict, description="What the pass says it did.")
@@ -155,6 +157,7 @@ class Report(_Model):
 
     format_version: int = FORMAT_VERSION
     name: str
+    model_class: str = Field("", description="The stock transformers class that the final model loads with.")
     recipe: dict[str, Any]
     environment: dict[str, Any] = Field(description="Versions, CPU, threads.")
     metrics: dict[str, str] = Field(default_factory=dict, description="What each metric is.")

@@ -7,9 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from mmcompress.errors import ModelError
 
+_FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    *(
+        getattr(_state, name)
+        for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+    ),
+)
+"""ONNX Runtime's own errors derive from Exception alone."""
 SUFFIXES = ("_quantized", "")
 
 
@@ -43,18 +54,24 @@ class OnnxPredict:
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: str | Path, threads: int = 0, names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, threads: int = 0, names: tuple[str, ...] | None = None, *, own_process: bool = False
+    ) -> None:
         """Opens one session for each component.
 
         Args:
             threads: 0 leaves it to ONNX Runtime.
             names: the components to open; all found where None.
+            own_process: the process does nothing else with ONNX Runtime, so that its sessions may share one thread pool. The
+                spinning threads of a session with a pool of its own slow the next session down by up to a half.
 
         Raises:
             ModelError: a file is missing or damaged.
         """
         self.files = component_files(Path(folder), names)
-        self.sessions = {name: open_session(path, threads) for name, path in self.files.items()}
+        if own_process:
+            ort.set_global_thread_pool_sizes(threads, 1)
+        self.sessions = {name: open_session(path, threads, not own_process) for name, path in self.files.items()}
         self.components = tuple(self.sessions)
 
     def __call__(self, component: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -65,16 +82,21 @@ class OnnxPredict:
         return dict(zip(names, session.run(names, given), strict=True))
 
 
-def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
+def open_session(path: Path, threads: int = 0, own_pool: bool = True) -> ort.InferenceSession:
     """A CPU session over one file.
+
+    Args:
+        own_pool: False takes the process's shared thread pool, which must have been made before.
 
     Raises:
         ModelError: the file is missing or damaged.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.use_per_session_threads = own_pool
+    if own_pool:
+        options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, OSError) as e:
+    except _FAILURES as e:
         raise ModelError(f"{path}: ONNX Runtime cannot open it: {str(e).splitlines()[0][:300]}") from e

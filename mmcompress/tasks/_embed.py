@@ -39,7 +39,9 @@ def embed_images(predict: Predict, processor: Processor, examples: Examples, rep
         Their indices (N,), and their embeddings (N, D) at length 1.
     """
     kept, found = [], []
-    for indices, pixels in reporter.track(prepared(examples, processor), f"scoring ({predict.runtime})", prepared.total(examples)):
+    for indices, pixels in reporter.track(
+        prepared(examples, processor), f"scoring ({predict.runtime})", prepared.total(examples)
+    ):
         if len(indices):
             kept.append(indices)
             found.append(predict("vision_model", {"pixel_values": pixels})["image_embeds"])

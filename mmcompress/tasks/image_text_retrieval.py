@@ -37,7 +37,9 @@ class ImageTextRetrieval(Task):
     roles: ClassVar = MappingProxyType({"image": "a picture", "text": "a text or a list of texts"})
 
     type: Literal["image-text-retrieval"] = Field(description="The task's name.")
-    template: str = Field("{}", description="What the texts are put into before they are read, with {} for the text.", pattern=r"\{\}")
+    template: str = Field(
+        "{}", description="What the texts are put into before they are read, with {} for the text.", pattern=r"\{\}"
+    )
 
     def collate(self, rows: list[dict[str, Any]], processor: Processor, examples: Examples, draw: int) -> dict[str, torch.Tensor]:
         """One text for each picture (of several, one is drawn); equal texts in a batch are encoded once."""
@@ -70,7 +72,7 @@ class ImageTextRetrieval(Task):
             relevant[i, [place[text] for text in texts]] = True
         texts_ = unit_mean_texts(predict, processor, [[text] for text in distinct])
         similarity = images @ texts_.T
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name, scores, right in (
             ("image_to_text", similarity, relevant),
             ("text_to_image", similarity.T, relevant.T),

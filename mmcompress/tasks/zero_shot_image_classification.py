@@ -1,4 +1,4 @@
-"""Zero-shot image classification: the class whose prompts' averaged embedding is nearest to the picture's (Radford et al. 2021, 3.1.4).
+"""Zero-shot image classification: the class whose prompts are nearest to the picture (Radford et al. 2021, section 3.1.4).
 
 Shapes: B pictures, U distinct texts, C classes, D embedding width.
 """

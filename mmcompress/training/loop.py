@@ -17,10 +17,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmcompress.context import Context
 from mmcompress.errors import RecipeError, TrainingError
 from mmcompress.families.base import Batch, Family, Outputs
 from mmcompress.model import CompressedModel
-from mmcompress.passes.base import Context
 from mmcompress.training.autocast import Float32Attention
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from mmcompress import registry
+from mmcompress.context import Context
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
-from mmcompress.passes.base import Context
 from mmcompress.tasks.base import Task
 from mmcompress.training.settings import TASK_LOSS, DistillationSettings
 from mmcompress.training.teacher import Teacher, embedding_sizes, find_teacher

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmcompress.context import Context
 from mmcompress.errors import DataError, ModelError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel, load
-from mmcompress.passes.base import Context
 from mmcompress.training.autocast import computing
 
 BASELINE = "baseline"

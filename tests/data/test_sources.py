@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests import tiny
 
 from mmcompress.data.examples import as_examples, decode_image
 from mmcompress.data.leaks import shared_pictures
 from mmcompress.data.sources import load_data, load_source
 from mmcompress.errors import DataError
 from mmcompress.recipe import Data, Source
+from tests import tiny
 
 
 def source(**given: object) -> Source:
@@ -159,7 +159,9 @@ def test_broken_sources_are_named(tmp_path: Path, what: str, said: str) -> None:
     assert "data.eval" in str(found.value)
 
 
-@pytest.mark.parametrize(("value", "said"), [(6, "outside the classes 0 to 5"), (-1, "outside"), ("rde", "did you mean 'red'"), (None, "neither")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(6, "outside the classes 0 to 5"), (-1, "outside"), ("rde", "did you mean 'red'"), (None, "neither")]
+)
 def test_a_label_outside_the_classes_is_named(value: object, said: str) -> None:
     data = as_examples([{"image": tiny.png((1, 2, 3), 0), "label": value}])
     data.classes = list(tiny.COLOURS)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
-from mmcompress.passes.base import Context, Pass
+from mmcompress.passes.base import Pass
 from mmcompress.passes.distill import Distill
 from mmcompress.passes.finetune import Finetune
 from mmcompress.passes.qat import Qat, distance

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel
 
+from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
 from mmcompress.model import CompressedModel
-from mmcompress.passes.base import Context
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from tests import tiny
 

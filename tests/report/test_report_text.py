@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from mmcompress.report.card import metadata, model_class, render_card
+from mmcompress.report.card import metadata, render_card
 from mmcompress.report.markdown import escape_markdown, render_markdown
 from mmcompress.report.text import bad_news, chips, render_text
 from tests.report import examples
@@ -187,18 +187,3 @@ def test_card_says_how_to_load() -> None:
     assert 'mm.load("model")' in card
     assert "CLIPModel.from_pretrained" not in card
     assert "library_name" not in _header(card)
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        ("openai/clip-vit-base-patch32", "CLIPModel"),
-        ("bundled:shapes-clip", "CLIPModel"),
-        ("laion/CLIP-ViT-B-32", "CLIPModel"),
-        ("google/siglip-base", "AutoModel"),
-        ("CIDAS/clipseg-rd64", "AutoModel"),
-        ("", "AutoModel"),
-    ],
-)
-def test_model_class(model: str, expected: str) -> None:
-    assert model_class(model) == expected

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import tiny
 from torch.nn import functional as F
 
 from mmcompress.data.examples import Examples, as_examples
@@ -22,6 +21,7 @@ from mmcompress.tasks._contrastive import contrastive_loss
 from mmcompress.tasks.base import Scores
 from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval, best_rank
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification, per_class
+from tests import tiny
 
 ZERO_SHOT = ZeroShotImageClassification(type="zero-shot-image-classification", templates=["a photo of a {} .", "a {} ."])
 RETRIEVAL = ImageTextRetrieval(type="image-text-retrieval")

@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
+from mmcompress.context import Context
 from mmcompress.data.examples import Examples, as_examples
 from mmcompress.errors import DataError, RecipeError, TrainingError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
-from mmcompress.passes.base import Context
 from mmcompress.progress import Reporter
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from mmcompress.training import feed as feeds

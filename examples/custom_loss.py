@@ -1,8 +1,7 @@
 """Distils the pruned bundled CLIP with a loss that this script brings along, and saves the student.
 
     python examples/custom_loss.py --out distilled
-
-A loss that recipes should find by name goes into a package with an entry point instead; see docs/how-to.md.
+(A loss that recipes find by name goes into a package with an entry point: docs/how-to.md.)
 """
 
 import argparse
@@ -11,10 +10,10 @@ from pathlib import Path
 import torch
 
 import mmcompress as mm
+from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.shapes import CLASSES, Shapes
 from mmcompress.families.base import Batch, Outputs
-from mmcompress.passes.base import Context
 from mmcompress.passes.finetune import Finetune
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from mmcompress.training.loop import train
@@ -32,28 +31,26 @@ class Cosine(Loss):
 
 
 class OnlyCosine(Objective):
-    """The loss above and nothing else."""
+    """What the training loop minimises: the loss above against a teacher, and nothing else."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        self.teacher, self.loss = teacher, Cosine(teacher.sizes, teacher.sizes)
+        self.teacher, self.cosine = teacher, Cosine(teacher.sizes, teacher.sizes)
 
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"cosine": self.loss(outputs, self.teacher(batch), batch)}
+        return {"cosine": self.cosine(outputs, self.teacher(batch), batch)}
 
 
 def main(out: Path) -> None:
     """Prunes, distils for a few steps and saves."""
     examples = Examples(Shapes("train", 512, seed=0), "shapes", {"image": "image", "label": "label"}, CLASSES)
+    context = Context(task=ZeroShotImageClassification(type="zero-shot-image-classification"), train=examples)
     model = mm.load("bundled:shapes-clip")
     student = mm.passes.Prune(axis="ffn", ratio=0.5).apply(model)
-    task = ZeroShotImageClassification.model_validate({"type": "zero-shot-image-classification"})
-    settings = Finetune(max_steps=8, batch_size=64, learning_rate=3e-4)
     objective = OnlyCosine(Teacher(model.clone(), len(examples)))
-    facts = train(student, Context(task=task, train=examples), settings, objective, "example")
-    print(f"loss: {facts['first_loss']:.4f} at the first step, {facts['final_loss']:.4f} at the last ones")
+    facts = train(student, context, Finetune(max_steps=8, batch_size=64, learning_rate=3e-4), objective, "example")
     student.save(out)
-    print(f"saved: {out}")
+    print(f"loss: {facts['first_loss']:.4f} at the first step, {facts['final_loss']:.4f} at the last ones; saved: {out}")
 
 
 if __name__ == "__main__":

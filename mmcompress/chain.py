@@ -281,6 +281,12 @@ class Chain:
         for row in rows:
             before = [r for r in self.rows if r.runtime == row.runtime and not r.rolled_back]
             add_notes(row, before[-1] if before else None, made_by is not None and made_by.name in ("prune", "quantize", "qat"))
+            if row.disturbed:
+                text = (
+                    f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: its latency is not to be "
+                    f"trusted. Delete {kept} and run again on a quiet machine to measure anew."
+                )
+                self.warnings.append(Warning_(step=step, text=text))
         self.rows += rows
         self.warnings += [Warning_(step=step, text=text) for text in facts["warnings"]]
         self._say_row(rows)

@@ -15,6 +15,7 @@ import typer
 
 from mmcompress import __version__
 from mmcompress.errors import UserError
+from mmcompress.politeness import be_polite
 
 app = typer.Typer(
     name="mmcompress",
@@ -261,6 +262,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """The entry point: one clear message for what a user can mend, and the exit codes 0, 1, 2 and 3."""
+    be_polite()
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as e:

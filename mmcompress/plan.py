@@ -55,6 +55,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     parameters, flops = _cost(family, config)
     found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
     mistakes: list[str] = []
+    int8 = False
     rate = _flops_per_second()
     for i, step in enumerate(recipe.passes):
         wrong = step.check_against(family.towers, sizes)
@@ -65,7 +66,8 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
         before = found[-1].parameters
         parameters, flops = _cost(family, family.resized_config(config, sizes))
         trains = hasattr(step, "epochs")
-        disk = parameters * (1 if step.name in ("quantize", "qat") else FLOAT_BYTES)
+        int8 = int8 or step.name in ("quantize", "qat")
+        disk = parameters * (1 if int8 else FLOAT_BYTES)
         memory = before * FLOAT_BYTES * (TRAINING_COPIES + (1 if step.name in ("distill", "qat") else 0) if trains else 2)
         seconds = _seconds(step, flops, found[0].flops, train_examples, rate) if trains else None
         found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, sizes))

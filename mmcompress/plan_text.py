@@ -7,13 +7,19 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mmcompress.data.sources import is_local, load_source
 from mmcompress.plan import plan
-from mmcompress.recipe import Recipe
+from mmcompress.recipe import Recipe, Source
 
 
 def render_plan(recipe: Recipe) -> str:
-    """A line for each step: parameters, disk, FLOPs, memory and time, all estimated from the config alone."""
-    steps = plan(recipe, _train_examples(recipe))
+    """The data that was found, and a line for each step with what it costs, estimated from the config alone.
+
+    Raises:
+        UserError: a pass does not fit the model, or local data does not fit the task.
+    """
+    found = local_data(recipe)
+    steps = plan(recipe, found.get("train"))
     lines = [
         [
             s.step,
@@ -31,6 +37,7 @@ def render_plan(recipe: Recipe) -> str:
     needed = sum(s.disk_bytes for s in steps) + steps[-1].disk_bytes
     free = shutil.disk_usage(Path.cwd()).free
     notes = [f"{recipe.name}: {len(recipe.passes)} passes on {recipe.model}", "", table, ""]
+    notes += [f"data.{which}: {count:,} examples" for which, count in found.items()]
     notes.append(f"disk for all steps: about {needed / 1e6:.0f} MB ({free / 1e9:.1f} GB free here)")
     notes.append("estimates: memory without activations; time from the speed of one matrix product, good to a factor of about 3")
     for gate in recipe.gates:
@@ -39,23 +46,18 @@ def render_plan(recipe: Recipe) -> str:
     return "\n".join(notes)
 
 
-def _train_examples(recipe: Recipe) -> int | None:
-    """How many training examples there are, where that is known without reading them."""
-    source = recipe.data.train
-    if source is None:
-        return None
-    if source.samples is not None:
-        return source.samples
-    if source.path == "bundled:shapes":
-        from mmcompress.data.sources import BUNDLED_COUNT  # loads `datasets`
-
-        return BUNDLED_COUNT[source.split or "train"]
-    paths = [source.path] if isinstance(source.path, str) else source.path or []
-    if paths and all(Path(p).suffix == ".parquet" and Path(p).is_file() for p in paths):
-        import pyarrow.parquet as pq
-
-        return sum(int(pq.ParquetFile(p).metadata.num_rows) for p in paths)
-    return None
+def local_data(recipe: Recipe) -> dict[str, int]:
+    """Opens the splits that lie on this machine, checks that the task finds its columns, and counts their examples."""
+    found = {}
+    for which in ("train", "calibration", "eval"):
+        source: Source | None = getattr(recipe.data, which)
+        paths = [source.path] if source is not None and isinstance(source.path, str) else source.path or [] if source else []
+        if source is None or not paths or not all(is_local(p) for p in paths):
+            continue
+        examples = load_source(source, which, recipe.seed)
+        examples.need(recipe.task.roles, recipe.task.type)
+        found[which] = len(examples)
+    return found
 
 
 def _time(seconds: float | None) -> str:

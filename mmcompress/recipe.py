@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union
+from typing import Annotated, Any, Literal, Self, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from mmcompress import registry
 from mmcompress.errors import RecipeError
@@ -18,12 +18,25 @@ from mmcompress.recipe_errors import LineMap, cut_middle, explain
 
 SPLITS = ("train", "calibration", "eval")
 RUNTIMES = ("torch", "onnxruntime")
+TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+LONGEST_NAME = 255
+"""Bytes that a file's name may have on any common file system."""
 MOST_VALUES = 100_000
 """A few lines of nested YAML aliases can stand for billions of values; a recipe of this many is damaged."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+_PathLike = TypeVar("_PathLike", str, str | list[str] | None)
+
+
+def _could_be_a_path(value: _PathLike) -> _PathLike:
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, str) and any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
+            raise ValueError(f"{path!r} is longer than a file name can be; allowed: {LONGEST_NAME} bytes")
+    return value
 
 
 class Source(_Strict):
@@ -52,6 +65,11 @@ class Source(_Strict):
         None, ge=1, description="Use this many examples, chosen by the recipe's seed. All where left out."
     )
     skip_damaged: bool = Field(False, description="Skip and count pictures that do not decode, instead of stopping.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_could_be(cls, path: str | list[str] | None) -> str | list[str] | None:
+        return _could_be_a_path(path)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -126,6 +144,11 @@ class Recipe(_Strict):
     gates: list[Gate] = Field(default_factory=list, description="Conditions that the result must meet.")
     report: ReportSettings = Field(default_factory=lambda: ReportSettings.model_validate({}))
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+
+    @field_validator("model")
+    @classmethod
+    def _model_could_be(cls, model: str) -> str:
+        return _could_be_a_path(model)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -226,9 +249,10 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], LineMap]:
     """YAML to plain data and a map from key paths to line numbers. Repeated keys are errors."""
     lines: dict[tuple[str | int, ...], int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         _walk(node, (), lines, file)
-        raw = yaml.safe_load(text)
+        raw = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -239,15 +263,20 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], LineMap]:
         ) from e
     except RecursionError as e:
         raise RecipeError(f"{file}: is not valid YAML: nested too deeply, or an alias that holds itself") from e
-    except (ValueError, TypeError, LookupError, AttributeError) as e:
-        # PyYAML's own constructors stumble so over scalars with a wrong explicit tag or an impossible date.
-        if isinstance(e, RecipeError):
-            raise
-        raise RecipeError(f"{file}: is not valid YAML: a value does not fit its tag or form: {cut_middle(str(e))!r}") from e
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values; found {found}")
     return raw, LineMap(file, lines)
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError) as e:
+            # PyYAML stumbles so over values that do not fit their explicit tag, impossible dates, and endless numbers.
+            said = f"the value {cut_middle(repr(node.value))} is no {node.tag.removeprefix('tag:yaml.org,2002:')}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from e
 
 
 def _yaml_problem(e: yaml.MarkedYAMLError) -> str:
@@ -268,13 +297,16 @@ def _walk(node: yaml.Node | None, at: tuple[str | int, ...], lines: dict[tuple[s
     line = node.start_mark.line + 1
     lines.setdefault(at, line)
     if len(lines) > MOST_VALUES:
-        raise RecipeError(f"{file}, line {line}: more than {MOST_VALUES} values, aliases counted out; a recipe has fewer")
+        raise RecipeError(f"{file}, line {line}: more than {MOST_VALUES} values, with aliases written out; a recipe has fewer")
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{file}, line {key.start_mark.line + 1}: a key is a list or a mapping; allowed: a text")
-            name = str(key.value)
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "[...]"
+            if key.tag not in TEXT_TAGS:
+                kind = key.tag.removeprefix("tag:yaml.org,2002:")
+                raise RecipeError(
+                    f"{file}, line {key.start_mark.line + 1}: the key {cut_middle(name)} is of type {kind}; allowed: a text"
+                )
             _check_text(key, file)
             if name in seen and name != "<<":
                 raise RecipeError(f"{file}, line {key.start_mark.line + 1}: the key {cut_middle(name)!r} stands twice")

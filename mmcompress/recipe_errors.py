@@ -157,6 +157,8 @@ def _sentence(detail: ErrorDetails, path: Path_, owner: type[BaseModel] | None) 
         return f"found {_short(given)}; allowed: {', '.join(names)}{did_you_mean(str(given), names)}"
     if kind == "value_error":
         return f"{ctx['error']}"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        return f"found {_short(given)}; it should be a mapping of keys to values"
     message = detail["msg"][:1].lower() + detail["msg"][1:]
     return f"found {_short(given)}; {message.replace('input should', 'it should')}"
 
@@ -173,5 +175,5 @@ def _plain(key: str | int) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

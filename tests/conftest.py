@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from mmcompress.politeness import be_polite
+
+be_polite()
+
 import pytest
 import torch
 

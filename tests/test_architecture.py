@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mmcompress"
 # A room may import from rooms of its own level and of those below it.
 LEVELS = [
-    {"errors", "files", "registry", "progress", "recipe", "recipe_errors", "environment", "context"},
+    {"errors", "files", "registry", "progress", "recipe", "recipe_errors", "environment", "context", "politeness"},
     {"model"},
     {"families", "data", "runtimes", "tasks"},
     {"training", "quantization", "pruning", "measure"},

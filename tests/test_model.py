@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from mmcompress import model as models
@@ -106,6 +107,23 @@ def test_half_precision_weights_are_loaded_as_float32(model: CompressedModel, tm
     again = load(tmp_path)
     assert again.stored_dtype == "float16"
     assert {p.dtype for p in again.module.parameters()} == {torch.float32}
+
+
+def test_buffers_of_old_checkpoints_are_no_mistake(tmp_path: Path) -> None:
+    folder = tiny.clip_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for tower, size in (("vision", 5), ("text", 16)):
+        weights[f"{tower}_model.embeddings.position_ids"] = torch.arange(size)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).parameters() == tiny.clip().parameters()
+
+
+def test_texts_are_cut_at_the_models_limit_whatever_the_tokenizer_says(tmp_path: Path) -> None:
+    folder = tiny.clip_folder(tmp_path / "model")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    said.pop("model_max_length")
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    assert load(folder).processor.tokens(["a red square " * 30])["input_ids"].shape == (1, 16)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -183,11 +184,17 @@ def decode_image(value: Any, where: str, folder: Path | None = None) -> Image.Im
         rgb: Image.Image = value.convert("RGB")
         return rgb
     except (OSError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError) as e:
-        raise DataError(f"{where}: the picture does not decode: {e}") from e
+        raise DataError(f"{where}: the picture does not decode: {_said(e)}") from e
     except ValueError as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{where}: the picture does not decode: {e}") from e
+        raise DataError(f"{where}: the picture does not decode: {_said(e)}") from e
+
+
+def _said(e: BaseException) -> str:
+    """On one line, and short: Pillow and the system repeat the whole path, or all that they were given."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
 
 
 def as_examples(data: Any, name: str = "data") -> Examples:
@@ -208,6 +215,8 @@ def as_examples(data: Any, name: str = "data") -> Examples:
     return Examples(data, name, columns, classes)
 
 
+MOST_CLASSES = 1_000_000
+"""Larger label numbers are no classes (a hash, an id, a damaged file); a list of names up to them would fill the memory."""
 ROLE_NAMES = {
     "image": ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "image_path", "file_name"),
     "text": ("text", "caption", "captions", "txt", "sentence", "sentences", "description", "prompt"),
@@ -235,6 +244,8 @@ def undecoded(data: datasets.Dataset, columns: Mapping[str, str]) -> tuple[datas
     if label is not None and isinstance(feature, datasets.Value):
         if feature.dtype in ("string", "large_string"):
             return data, sorted({str(v) for v in data.unique(label)})
-        numbers = [int(v) for v in data.unique(label) if v is not None]
-        return data, [str(i) for i in range(max(numbers) + 1)] if numbers and min(numbers) >= 0 else None
+        # A label that is no whole number is named with its row when the labels are read.
+        numbers = [int(v) for v in data.unique(label) if isinstance(v, (int, float)) and math.isfinite(v)]
+        if numbers and min(numbers) >= 0 and max(numbers) < MOST_CLASSES:
+            return data, [str(i) for i in range(max(numbers) + 1)]
     return data, None

@@ -168,3 +168,8 @@ def _inferred(examples: Examples) -> bool:
 def _line(e: BaseException) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(e).__name__
+
+
+def is_local(path: str) -> bool:
+    """True for bundled data and for paths that can only be files or folders here; a hub id is not."""
+    return path.startswith("bundled:") or Path(path).exists() or _looks_local(path)

@@ -7,7 +7,6 @@ sessions in one process disturb each other), and its peak resident memory is tha
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from mmcompress.errors import UnavailableError
 from mmcompress.measure.statistics import median_interval
+from mmcompress.politeness import environment_for_timing
 from mmcompress.report.schema import Latency
 
 WORKER = "mmcompress.measure.worker"
@@ -46,7 +46,8 @@ def measure(
         seconds: time spent on each figure; at least 20 calls are made.
 
     Returns:
-        ``latency_ms`` (by batch size), ``components`` (by component, by batch size), ``peak_memory_bytes``, ``load_seconds``.
+        ``latency_ms`` (by batch size), ``components`` (by component, by batch size), ``peak_memory_bytes``, ``load_seconds``,
+        ``busy_cores`` (cores that other programs used meanwhile).
 
     Raises:
         UnavailableError: the process failed; the message holds the end of what it said.
@@ -65,12 +66,18 @@ def measure(
         "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
         "peak_memory_bytes": raw["peak_memory_bytes"],
         "load_seconds": raw["load_seconds"],
+        "busy_cores": raw["busy_cores"],
     }
 
 
 def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:
     # The number of threads is set in the environment too: some pools read it only when they are loaded.
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **environment_for_timing(),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         [sys.executable, "-m", WORKER], input=json.dumps(job), capture_output=True, text=True, env=env, check=False
     )

@@ -58,6 +58,7 @@ class Meter:
             peak_memory_bytes=timed["peak_memory_bytes"],
             flops=sum(flops.values()),
             latency_ms=timed["latency_ms"],
+            busy_cores=timed["busy_cores"],
             components=_components(tower_of, parameters, disk, flops, timed["components"]),
             loads_with="mmcompress" if model.custom else "transformers",
         )
@@ -83,6 +84,7 @@ class Meter:
             peak_memory_bytes=timed["peak_memory_bytes"],
             flops=sum(flops.values()),
             latency_ms=timed["latency_ms"],
+            busy_cores=timed["busy_cores"],
             components=_components(tower_of, parameters, disk, flops, timed["components"]),
             parity=parity(model, predict, self.task, self.examples),
             loads_with="onnx",

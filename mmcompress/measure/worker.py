@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 WARM_UP = 5
 ROUNDS = 5
@@ -122,11 +123,41 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     for _, call, _ in figures:
         for _ in range(WARM_UP):
             call()
+    others = Neighbours()
     # All figures take turns, so that a busy second of the machine touches a fifth of each and no median.
     for _ in range(ROUNDS):
         for times, call, seconds in figures:
             times += timed(call, seconds / ROUNDS)
-    return {"together": together, "components": components, "peak_memory_bytes": peak_memory_bytes(), "load_seconds": loaded}
+    return {
+        "together": together,
+        "components": components,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "load_seconds": loaded,
+        "busy_cores": others.busy_cores(),
+    }
+
+
+class Neighbours:
+    """How much of the machine other programs used since this was made.
+
+    A steady neighbour leaves no trace in the spread of the times: it makes all of them slow, and thread pools that wait for a
+    core that is taken make them many times slower. So the processor time that was used and was not ours is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.machine, self.own = self._machine(), time.process_time()
+
+    def busy_cores(self) -> float:
+        """Cores that were busy with something else, on average; 0 on an idle machine."""
+        seconds = time.perf_counter() - self.start
+        used = self._machine() - self.machine - (time.process_time() - self.own)
+        return max(0.0, used / seconds)
+
+    def _machine(self) -> float:
+        """Seconds of all cores that were not idle, time that a hypervisor took away included."""
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def peak_memory_bytes() -> int:

@@ -58,6 +58,8 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
     if row.disk_bytes >= before.disk_bytes and row.parameters >= before.parameters and shrinks:
         row.notes.append(f"Not smaller than {before.step}: {before.disk_bytes:,} bytes before, {row.disk_bytes:,} now.")
     for batch, now in row.latency_ms.items():
+        if row.disturbed or before.disturbed:
+            break
         was = before.latency_ms.get(batch)
         if was is None:
             continue
@@ -134,7 +136,9 @@ def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metr
         f"{baseline.disk_bytes / 1e6:.1f} to {final.disk_bytes / 1e6:.1f} MB on disk",
     ]
     batch, gain = next(iter(gains.items()), (None, None))
-    if gain is not None and gain.total is not None:
+    if baseline.disturbed or final.disturbed:
+        parts.append("speed not known (other programs kept the machine busy)")
+    elif gain is not None and gain.total is not None:
         word = f"{gain.total:.1f}x as fast at batch {batch}"
         if gain.runtime is not None and gain.compression is not None and final.runtime == "onnxruntime":
             word += f" ({gain.runtime:.1f}x by the runtime, {gain.compression:.1f}x by compression)"

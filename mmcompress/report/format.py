@@ -257,8 +257,10 @@ def ms_scale_of(report: Report, batch: str) -> Scale:
 
 
 def speeds(report: Report) -> list[Speed]:
-    """The speed at each batch size, in the runtime that the totals are about."""
+    """The speed at each batch size, in the runtime that the totals are about; none where the machine was busy meanwhile."""
     baseline, final = baseline_row(report), final_row(report)
+    if (baseline and baseline.disturbed) or (final and final.disturbed):
+        return []
     found = []
     for batch in batches(report):
         before = baseline.latency_ms.get(batch) if baseline else None

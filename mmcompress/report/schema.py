@@ -77,6 +77,10 @@ class Parity(_Model):
     n: int = Field(description="How many real examples were compared.")
 
 
+BUSY_CORES = 0.25
+"""With more of the machine used by others than this many cores, latency is not to be trusted."""
+
+
 class Row(_Model):
     """One model in one runtime."""
 
@@ -88,6 +92,9 @@ class Row(_Model):
     peak_memory_bytes: int | None = Field(None, description="Peak resident memory of the process that was timed.")
     flops: int | None = Field(None, description="For one example through all components, 2 per multiply-add.")
     latency_ms: dict[str, Latency] = Field(default_factory=dict, description="All components once, by batch size.")
+    busy_cores: float | None = Field(
+        None, description="Cores that other programs used while latency was measured; above 0.25 the times are not to be trusted."
+    )
     quality: dict[str, Quality] = Field(default_factory=dict)
     change: dict[str, Change] = Field(default_factory=dict, description="Paired differences to the baseline in torch.")
     components: dict[str, ComponentRow] = Field(default_factory=dict, description="By tower.")
@@ -103,6 +110,11 @@ class Row(_Model):
     facts: dict[str, Any] = Field(default_factory=dict, description="What the step cost besides seconds: examples, steps, ...")
     seconds: float = Field(0.0, description="What the step itself took; measuring not counted.")
     folder: str = Field("", description="The step's folder, relative to the run.")
+
+    @property
+    def disturbed(self) -> bool:
+        """True where other programs used so much of the machine that the latency is not to be trusted."""
+        return self.busy_cores is not None and self.busy_cores > BUSY_CORES
 
 
 class GateResult(_Model):

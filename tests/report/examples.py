@@ -196,6 +196,7 @@ def full() -> Report:
     """A finished run: pruned, distilled, quantized; a gate met, one not shown."""
     return Report(
         name="clip-cpu-int8",
+        model_class="CLIPModel",
         recipe=recipe(),
         environment=environment(),
         metrics=METRICS,

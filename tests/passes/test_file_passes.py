@@ -1,0 +1,81 @@
+"""Quantize and export as passes: what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import mmcompress as mm
+from mmcompress.context import Context
+from mmcompress.data.examples import as_examples
+from mmcompress.errors import DataError, RecipeError
+from mmcompress.runtimes.onnx_predict import OnnxPredict
+from mmcompress.runtimes.torch_predict import TorchPredict
+from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
+from tests import tiny
+
+TASK = ZeroShotImageClassification(type="zero-shot-image-classification", templates=["a photo of a {} ."])
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(task=TASK, train=as_examples(tiny.dataset(40)), workdir=tmp_path / "work")
+
+
+def weights(path: Path) -> set[int]:
+    return {t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) == 2}
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+def test_quantize_leaves_int8_components_close_to_torch(model: mm.CompressedModel, context: Context, scheme: str) -> None:
+    new = mm.passes.Quantize(scheme=scheme, samples=16).apply(model, context=context)
+    assert new.onnx is not None
+    assert sorted(p.name for p in new.onnx.iterdir()) == ["text_model_quantized.onnx", "vision_model_quantized.onnx"]
+    assert onnx.TensorProto.INT8 in weights(new.onnx / "vision_model_quantized.onnx")
+    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((5, 3, 16, 16)).astype(np.float32)}
+    ours, theirs = OnnxPredict(new.onnx)("vision_model", pixels), TorchPredict(model)("vision_model", pixels)
+    a, b = ours["image_embeds"], theirs["image_embeds"]
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert cosine.min() > 0.98
+    assert not np.array_equal(a, b)
+    assert model.onnx is None
+    assert not (context.workdir / "float" / "vision_model.onnx").exists()  # type: ignore[operator]
+
+
+def test_static_quantization_needs_data(model: mm.CompressedModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="calibration"):
+        mm.passes.Quantize().apply(model, context=Context(task=TASK, workdir=tmp_path))
+
+
+def test_an_exclude_that_matches_nothing_is_a_mistake(model: mm.CompressedModel, context: Context) -> None:
+    with pytest.raises(RecipeError, match="'visual_projecton' matches no layer"):
+        mm.passes.Quantize(scheme="int8-dynamic", exclude=["visual_projecton"]).apply(model, context=context)
+    mm.passes.Quantize(scheme="int8-dynamic", exclude=["visual_projection"]).apply(model, context=context)
+
+
+def test_export_keeps_what_is_quantized_and_adds_the_rest(model: mm.CompressedModel, context: Context) -> None:
+    plain = mm.passes.Export().apply(model, context=context)
+    assert plain.onnx is not None
+    assert sorted(p.name for p in plain.onnx.iterdir()) == ["text_model.onnx", "vision_model.onnx"]
+    assert context.facts["parity"]["vision_model"]["min_cosine"] > 0.99999
+    context.workdir = context.workdir / "two"  # type: ignore[operator]
+    quantized = mm.passes.Quantize(scheme="int8-dynamic").apply(model, context=context)
+    context.workdir = context.workdir / "three"
+    both = mm.passes.Export(keep_float=True).apply(quantized, context=context)
+    assert both.onnx is not None
+    assert len(list(both.onnx.iterdir())) == 4
+    assert [h["pass"] for h in both.history] == ["quantize", "export"]
+
+
+def test_a_pass_that_changes_weights_drops_stale_files(model: mm.CompressedModel, context: Context) -> None:
+    exported = mm.passes.Export().apply(model, context=context)
+    assert mm.passes.Prune(ratio=0.5).apply(exported).onnx is None
+
+
+@pytest.mark.parametrize("name", ["Quantize", "Export"])
+def test_file_passes_need_a_folder(model: mm.CompressedModel, name: str) -> None:
+    with pytest.raises(DataError, match="workdir"):
+        getattr(mm.passes, name)().apply(model)

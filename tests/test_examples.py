@@ -1,0 +1,54 @@
+"""The scripts in examples/ run as a user would run them. The slower ones are marked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import CLIPModel
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT = ("prune_from_python.py", "run_a_recipe.py", "onnx_inference.py", "custom_loss.py")
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What a script prints; it must end well."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, arguments)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_is_short(name: str) -> None:
+    assert len((EXAMPLES / name).read_text().splitlines()) < 60
+
+
+def test_prune_from_python(tmp_path: Path) -> None:
+    said = run("prune_from_python.py", "--out", tmp_path / "pruned")
+    assert "transformers gives the same embedding: True" in said
+    assert CLIPModel.from_pretrained(tmp_path / "pruned").config.text_config.intermediate_size == 256
+
+
+def test_custom_loss(tmp_path: Path) -> None:
+    said = run("custom_loss.py", "--out", tmp_path / "distilled")
+    first, last = (float(part.split()[0]) for part in said.split("loss: ")[1].split(", ")[:2])
+    assert last < first
+    assert (tmp_path / "distilled" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_and_its_onnx_files(tmp_path: Path) -> None:
+    said = run("run_a_recipe.py", "--out", tmp_path / "run")
+    assert "gates met: " in said
+    steps = [row["step"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]]
+    assert steps[-1] == "4-export"
+    said = run("onnx_inference.py", "--run", tmp_path / "run", "--out", tmp_path / "answer.json")
+    right = said.split("the picture shows: a ")[1].splitlines()[0]
+    assert next(iter(json.loads((tmp_path / "answer.json").read_text()))) == right

@@ -19,15 +19,17 @@ from tabulate import tabulate
 from transformers import CLIPConfig, CLIPModel
 
 import mmcompress as mm
+from mmcompress.config import BUNDLED
 from mmcompress.context import Context
 from mmcompress.data.sources import load_source
 from mmcompress.environment import environment
 from mmcompress.families.clip import FAMILY
 from mmcompress.logs import silence_libraries
 from mmcompress.measure.latency import measure
-from mmcompress.model import CompressedModel, load_processor
+from mmcompress.model import CompressedModel
 from mmcompress.passes.prune import Prune
 from mmcompress.passes.quantize import Quantize
+from mmcompress.processor import load_processor
 from mmcompress.recipe import Source
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 
@@ -41,7 +43,7 @@ def subject(name: str) -> CompressedModel:
         return bundled
     torch.manual_seed(0)
     module = CLIPModel(CLIPConfig()).eval()
-    processor = load_processor(mm.model.BUNDLED / "shapes-clip")
+    processor = load_processor(BUNDLED / "shapes-clip")
     size = module.config.vision_config.image_size
     processor.image_processor.size = {"shortest_edge": size}
     processor.image_processor.crop_size = {"height": size, "width": size}

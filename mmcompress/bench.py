@@ -7,10 +7,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mmcompress.config import resolve
 from mmcompress.errors import ModelError
 from mmcompress.evaluate import is_onnx_folder
 from mmcompress.measure.latency import measure
-from mmcompress.model import resolve
 
 NOTE = "all components once; each model in a process of its own; speed is relative to the first line"
 

@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mmcompress import __version__
+from mmcompress.config import resolve
 from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.leaks import shared_pictures
@@ -27,7 +28,7 @@ from mmcompress.files import PARTIAL, disk_error, folder_bytes, write_json, writ
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.rows import Meter, export_float
-from mmcompress.model import CompressedModel, load, resolve
+from mmcompress.model import CompressedModel, load
 from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe, load_recipe, make_recipe, resolved
@@ -283,8 +284,8 @@ class Chain:
             add_notes(row, before[-1] if before else None, made_by is not None and made_by.name in ("prune", "quantize", "qat"))
             if row.disturbed:
                 text = (
-                    f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: its latency is not to be "
-                    f"trusted. Delete {kept} and run again on a quiet machine to measure anew."
+                    f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: its latency is not "
+                    f"to be trusted. Delete {kept} and run again on a quiet machine to measure anew."
                 )
                 self.warnings.append(Warning_(step=step, text=text))
         self.rows += rows

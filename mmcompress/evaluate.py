@@ -7,10 +7,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mmcompress.config import resolve
 from mmcompress.data.sources import load_source
 from mmcompress.errors import ModelError
 from mmcompress.measure.quality import class_scores, qualities
-from mmcompress.model import load, load_processor, resolve
+from mmcompress.model import load
+from mmcompress.processor import load_processor
 from mmcompress.progress import SILENT
 from mmcompress.recipe import Recipe
 from mmcompress.runtimes.base import Predict
@@ -39,7 +41,7 @@ def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
         "runtime": predict.runtime,
         "task": recipe.task.type,
         "data": examples.name,
-        "synthetic": examples.synthetic,
+        "synthetic": examples.synthetic or source.startswith("bundled:"),
         "quality": {k: v.model_dump() for k, v in qualities(scores).items()},
         "classes": {k: v.model_dump() for k, v in class_scores(scores).items()},
         "skipped": scores.skipped,

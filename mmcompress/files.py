@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def writing_folder(target: Path) -> Iterator[Path]:
     """
     beside = target.with_name(target.name + PARTIAL)
     old = target.with_name(target.name + ".old" + PARTIAL)
+    made_parent = not target.parent.exists()
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -48,6 +49,9 @@ def writing_folder(target: Path) -> Iterator[Path]:
         raise disk_error(e, target) from e
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if made_parent:
+            with suppress(OSError):  # it holds the target, or something of another's
+                target.parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

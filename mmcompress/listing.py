@@ -37,10 +37,12 @@ def explain_one(kind: str, name: str) -> str:
     if name not in registry.names(kind):
         raise RecipeError(one_of(registry.SINGULAR[kind], name, registry.names(kind)))
     module = registry.find(kind, name)
-    lines = [f"{name}: {registry.describe(kind, name)}", ""]
     model = getattr(module, "PASS", None) or getattr(module, "TASK", None)
     if model is None:
-        return "\n".join(lines) + _inspect.cleandoc(module.__doc__ or "")
+        thing = next((getattr(module, word) for word in ("CRITERION", "LOSS", "FAMILY") if hasattr(module, word)), None)
+        more = _inspect.getdoc(thing) if thing is not None else None
+        return f"{name}: {_inspect.cleandoc(module.__doc__ or '')}" + (f"\n\n{more}" if more else "")
+    lines = [f"{name}: {registry.describe(kind, name)}", ""]
     lines += [f"  {field_line(key, info)}" for key, info in fields_of(model)]
     if hasattr(module, "TASK"):
         lines += ["", "metrics:", *(f"  {k}: {v}" for k, v in model.metrics.items())]
@@ -65,7 +67,7 @@ def shown_default(info: FieldInfo) -> str:
     """A default as YAML would write it."""
     value: Any = info.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, BaseModel):
-        return "see below"
+        return "its own defaults"
     return "none" if value is None else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 

@@ -12,91 +12,32 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mmcompress import registry
-from mmcompress.errors import ModelError, one_of
+from mmcompress.config import DAMAGE, LARGEST, check_config, family_of, first_line, load_config, one_line, resolve
+from mmcompress.errors import ModelError
 from mmcompress.files import writing_folder
+from mmcompress.processor import Processor, check_processor, load_processor
 
 if TYPE_CHECKING:
     from mmcompress.families.base import Family
 
 HISTORY_FILE = "mmcompress.json"
 WEIGHTS_FILE = "model.safetensors"
-BUNDLED = Path(__file__).parent / "bundled"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """The dtypes that weights may be stored in, as safetensors and as torch call them."""
-DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers and the libraries under it raise over damaged files; the last two derive from Exception alone."""
-LARGEST = {
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 65_536,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "projection_dim": 2**20,
-    "vocab_size": 2**24,
-    "max_position_embeddings": 2**24,
-    "num_channels": 4096,
-    "image_size": 2**15,
-    "patch_size": 2**15,
-}
-"""Config keys that count something, and numbers far above every real model: a damaged one would build for hours."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Processor:
-    """What turns a user's pictures and texts into tensors.
-
-    Attributes:
-        tokenizer: a stock tokenizer.
-        image_processor: a stock image processor (the PIL one where torchvision is missing).
-        max_length: how many tokens the model has positions for; None leaves it to the tokenizer.
-    """
-
-    tokenizer: Any
-    image_processor: Any
-    max_length: int | None = None
-
-    def pixels(self, images: list[Any]) -> torch.Tensor:
-        """RGB pictures (PIL) to ``pixel_values``, shape (B, C, H, W)."""
-        values: torch.Tensor = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return values
-
-    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Texts to ``input_ids`` and ``attention_mask``, each (B, S), padded to the longest and cut at the model's limit."""
-        # Some tokenizers are saved without their limit, and say 10^30.
-        limit = min(self.tokenizer.model_max_length, self.max_length or self.tokenizer.model_max_length)
-        found = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
-
-    def save(self, folder: Path) -> None:
-        """Writes the tokenizer's and the image processor's files."""
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
 
 
 @dataclass
@@ -162,7 +103,7 @@ class CompressedModel:
             self.module.save_pretrained(folder, max_shard_size="100GB")
             self.processor.save(folder)
         except (ValueError, TypeError, StrictDataclassError) as e:
-            raise ModelError(f"model {self.source}: its config or processor cannot be saved: {_one_line(e)}") from e
+            raise ModelError(f"model {self.source}: its config or processor cannot be saved: {one_line(e)}") from e
         if self.onnx is not None:
             shutil.copytree(self.onnx, folder / "onnx")
         shapes = {n: list(p.shape) for n, p in self.module.state_dict().items()} if self.custom else None
@@ -233,30 +174,6 @@ def load(source: str | Path, *, trust_remote_code: bool = False, device: str = "
     )
 
 
-def resolve(source: str | Path) -> str | Path:
-    """A bundled name or an existing folder as a path, anything else as it is (a hub id).
-
-    Raises:
-        ModelError: an unknown bundled model, or a path that does not exist.
-    """
-    text = str(source)
-    if text.startswith("bundled:"):
-        folder = BUNDLED / text.removeprefix("bundled:")
-        if not (folder / "config.json").exists():
-            have = sorted(p.name for p in BUNDLED.iterdir() if (p / "config.json").exists())
-            raise ModelError(one_of("bundled model", text.removeprefix("bundled:"), have))
-        return folder
-    path = Path(text)
-    # Unlike Path's own, these take a name that is too long for a file as absent.
-    if os.path.isdir(text):
-        return path
-    if os.path.lexists(text):
-        raise ModelError(f"model {text}: is no folder; allowed: a hub id, a folder, or bundled:<name>")
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise ModelError(f"model {text}: no such folder; allowed: a hub id (owner/name), a folder, or bundled:<name>")
-    return text
-
-
 def read_history(where: str | Path) -> dict[str, Any]:
     """The content of ``mmcompress.json`` in a folder, or an empty dict where there is none."""
     path = Path(where) / HISTORY_FILE
@@ -267,7 +184,7 @@ def read_history(where: str | Path) -> dict[str, Any]:
     except OSError as e:
         raise ModelError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: is not JSON ({_first_line(e)})") from e
+        raise ModelError(f"{path}: is not JSON ({first_line(e)})") from e
     history = facts.get("history", []) if isinstance(facts, dict) else None
     if not isinstance(history, list) or not all(_is_step(step) for step in history):
         raise ModelError(f"{path}: is not a history written by mmcompress")
@@ -295,156 +212,6 @@ def _check_shapes(shapes: Any, path: Path) -> None:
             raise ModelError(f"{path}: shapes.{name}: found {str(shape)[:60]}; allowed: a list of sizes")
 
 
-def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's stock config, without its weights.
-
-    Raises:
-        ModelError: there is none, or it is damaged.
-    """
-    where = resolve(source)
-    if isinstance(where, Path) and not (where / "config.json").is_file():
-        raise ModelError(f"model {source}: has no config.json; a Hugging Face model folder is needed")
-    try:
-        if isinstance(where, Path):
-            labels = _num_labels((where / "config.json").read_text(encoding="utf-8"))
-            if labels > LARGEST["vocab_size"]:  # transformers makes up a name for each, until the memory is full
-                raise ModelError(
-                    f"model {source}: config.json: num_labels: found {labels}; allowed: 0 to {LARGEST['vocab_size']}"
-                )
-        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except ModelError:
-        raise
-    except DAMAGE as e:
-        raise ModelError(f"model {source}: its config cannot be read: {_one_line(e)}") from e
-
-
-def _num_labels(text: str) -> int:
-    """The largest ``num_labels`` that a config or a part of it names."""
-    raw = json.loads(text)
-    parts = [raw, *raw.values()] if isinstance(raw, dict) else []
-    found = [part.get("num_labels") for part in parts if isinstance(part, dict)]
-    return max((n for n in found if isinstance(n, int)), default=0)
-
-
-def check_config(config: PretrainedConfig, family: Family, source: str) -> None:
-    """Checks the sizes that a config names, before anything is built from them.
-
-    Raises:
-        ModelError: a size is no number, or not one that a model can have; heads do not divide the width.
-    """
-    subs = {name: getattr(config, name) for name in config.sub_configs}
-    for name, part in {"": config, **subs}.items():
-        at = f"model {source}: config.json: {name + '.' if name else ''}"
-        for key, most in LARGEST.items():
-            found = getattr(part, key, 1)
-            for size in found if isinstance(found, (list, tuple)) else [found]:
-                if type(size) is not int or not 1 <= size <= most:
-                    raise ModelError(f"{at}{key}: found {str(found)[:60]}; allowed: 1 to {most}")
-        width, heads = getattr(part, "hidden_size", 1), getattr(part, "num_attention_heads", 1)
-        if width % heads:
-            raise ModelError(f"{at}num_attention_heads: {heads} heads do not divide hidden_size {width}")
-        vocabulary, end = getattr(part, "vocab_size", None), getattr(part, "eos_token_id", None)
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        if vocabulary is not None and not all(type(i) is int and 0 <= i < vocabulary for i in ends):
-            raise ModelError(f"{at}eos_token_id: found {str(end)[:60]}; allowed: 0 to {vocabulary - 1} (vocab_size {vocabulary})")
-        picture, patch = getattr(part, "image_size", None), getattr(part, "patch_size", None)
-        if isinstance(picture, int) and isinstance(patch, int) and patch > picture:
-            raise ModelError(f"{at}patch_size: found {patch}; allowed: 1 to {picture} (image_size)")
-    try:
-        family.example_batch(config, 1)
-    except DAMAGE as e:
-        raise ModelError(f"model {source}: config.json: no input can be made from it: {_one_line(e)}") from e
-
-
-def family_of(config: PretrainedConfig, where: str) -> Family:
-    """The family that handles a config.
-
-    Raises:
-        ModelError: none does.
-    """
-    families: list[Family] = [registry.find("families", name).FAMILY for name in registry.names("families")]
-    for family in families:
-        if config.model_type in family.model_types:
-            return family
-    types = sorted(t for f in families for t in f.model_types)
-    raise ModelError(f"model {where}: " + one_of("model_type", str(config.model_type), types))
-
-
-def load_processor(where: str | Path, trust_remote_code: bool = False) -> Processor:
-    """The tokenizer and image processor of a folder or hub id.
-
-    Raises:
-        ModelError: one of them is missing or damaged.
-    """
-    names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in names):
-        # transformers would make up an empty tokenizer, and every text would read the same.
-        raise ModelError(f"model {where}: its tokenizer or image processor cannot be read: none of {', '.join(names)} is there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        images = AutoImageProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        _raise_unless_damage(e)
-        raise ModelError(f"model {where}: its tokenizer or image processor cannot be read: {_one_line(e)}") from e
-    text = load_config(where, trust_remote_code=trust_remote_code).get_text_config()
-    return Processor(tokenizer, images, getattr(text, "max_position_embeddings", None))
-
-
-def check_processor(processor: Processor, config: PretrainedConfig, source: str) -> None:
-    """Tries the tokenizer and the image processor, and compares what they give with what the model takes.
-
-    Raises:
-        ModelError: one of them fails, token ids lie outside the vocabulary, or pictures come out in another size.
-    """
-    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
-    try:
-        largest = max(processor.tokenizer.get_vocab().values(), default=-1)
-        ids = processor.tokens(["a photo", "a photo of a thing that is called so " * 50])["input_ids"]
-    except Exception as e:
-        _raise_unless_damage(e)
-        raise ModelError(f"model {source}: its tokenizer does not work: {_one_line(e)}") from e
-    largest = max(largest, int(ids.max()) if ids.numel() else -1)
-    if largest >= text.vocab_size:
-        raise ModelError(
-            f"model {source}: its tokenizer gives ids up to {largest}, but the config's vocab_size is {text.vocab_size}; "
-            f"they belong to different models"
-        )
-    if not 0 < ids.shape[1] <= text.max_position_embeddings:
-        raise ModelError(
-            f"model {source}: its tokenizer gives texts of {ids.shape[1]} tokens; the model takes 1 to "
-            f"{text.max_position_embeddings} (model_max_length in tokenizer_config.json, max_position_embeddings in config.json)"
-        )
-    for key in ("size", "crop_size"):
-        sizes = getattr(processor.image_processor, key, None)
-        for side in dict(sizes).values() if isinstance(sizes, Mapping) else []:
-            if side is not None and (type(side) is not int or not 1 <= side <= LARGEST["image_size"]):
-                raise ModelError(
-                    f"model {source}: preprocessor_config.json: {key}: found {sizes}; allowed: 1 to {LARGEST['image_size']}"
-                )
-    try:
-        pixels = processor.pixels([Image.new("RGB", (160, 120), (120, 130, 140))])
-    except DAMAGE as e:
-        raise ModelError(f"model {source}: its image processor does not work: {_one_line(e)}") from e
-    wanted = (1, vision.num_channels, vision.image_size, vision.image_size)
-    if tuple(pixels.shape) != wanted:
-        raise ModelError(
-            f"model {source}: its image processor gives pictures of {_times(pixels.shape[1:])} (channels x height x width); "
-            f"the config says {_times(wanted[1:])}; preprocessor_config.json and config.json must agree"
-        )
-    if not torch.isfinite(pixels).all():
-        raise ModelError(f"model {source}: its image processor gives pixels that are not finite; see image_mean and image_std")
-
-
-def _times(sizes: Iterable[int]) -> str:
-    return " x ".join(map(str, sizes))
-
-
-def _raise_unless_damage(e: Exception) -> None:
-    """The Rust side of tokenizers raises Exception itself, which no except clause can tell from others."""
-    if type(e) is not Exception and not isinstance(e, DAMAGE):
-        raise e
-
-
 def _load_stock(
     where: str | Path, cls: type[PreTrainedModel], source: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, str]:
@@ -459,7 +226,7 @@ def _load_stock(
             trust_remote_code=trust_remote_code,
         )
     except DAMAGE as e:
-        raise ModelError(f"model {source}: cannot be loaded: {_one_line(e)}") from e
+        raise ModelError(f"model {source}: cannot be loaded: {one_line(e)}") from e
     bad = {k: sorted(map(str, info[k])) for k in ("missing_keys", "mismatched_keys") if info.get(k)}
     # Old checkpoints carry buffers that today's classes make themselves; any other weight without a place is a wrong config.
     extra = sorted(k for k in map(str, info.get("unexpected_keys") or ()) if not k.endswith("position_ids"))
@@ -488,7 +255,7 @@ def _check_weights(folder: Path) -> str:
                         raise ModelError(f"{path}: {key} is stored as {dtype}; allowed: {', '.join(FLOATS)}")
                     sizes[dtype] = sizes.get(dtype, 0) + math.prod(part.get_shape())
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: damaged or cut short: {_first_line(e)}") from e
+            raise ModelError(f"{path}: damaged or cut short: {first_line(e)}") from e
     if not sizes:
         raise ModelError(f"model {folder}: its safetensors file holds no weights")
     most = max(sizes, key=lambda k: sizes[k])
@@ -503,7 +270,7 @@ def _load_custom(folder: Path, family: Family, config: PretrainedConfig, shapes:
     try:
         module.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError, OSError) as e:
-        raise ModelError(f"model {folder}: the weights do not fit the recorded shapes: {_first_line(e)}") from e
+        raise ModelError(f"model {folder}: the weights do not fit the recorded shapes: {first_line(e)}") from e
     return module
 
 
@@ -520,18 +287,3 @@ def reshape_like(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
             part.out_features, part.in_features = weight.shape
         elif isinstance(part, nn.LayerNorm) and isinstance(weight, torch.Tensor):
             part.normalized_shape = tuple(weight.shape)
-
-
-def _one_line(e: BaseException) -> str:
-    """The error's text on one line: strict dataclasses say on the second line what was wrong."""
-    text = " ".join(str(e).split())
-    if "ignore_mismatched_sizes" in text:
-        text = "weights in its safetensors file have other shapes than config.json gives them"
-    if isinstance(e, KeyError):
-        text = f"{text} is missing or unknown"
-    return text[:300] or type(e).__name__
-
-
-def _first_line(e: BaseException) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(e).__name__

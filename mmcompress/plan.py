@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcompress.config import family_of, load_config
 from mmcompress.errors import RecipeError
 from mmcompress.families.base import Family
-from mmcompress.model import family_of, load_config
 from mmcompress.passes.base import Pass
 from mmcompress.recipe import Recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -69,7 +70,19 @@ class Source(_Strict):
     @field_validator("path")
     @classmethod
     def _path_could_be(cls, path: str | list[str] | None) -> str | list[str] | None:
+        if path is not None and not (path if isinstance(path, str) else path and all(path)):
+            raise ValueError("is empty; allowed: a path, a hub id or `bundled:shapes`")
         return _could_be_a_path(path)
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_differ(cls, classes: list[str] | None) -> list[str] | None:
+        twice = next((name for name, count in Counter(classes or ()).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} stands twice; every class needs a name of its own")
+        if classes is not None and not (classes and all(name.strip() for name in classes)):
+            raise ValueError("is empty, or holds an empty name; leave it out where the data names its classes")
+        return classes
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -368,7 +381,7 @@ def _localise(raw: Mapping[str, Any], near: Path) -> dict[str, Any]:
         if isinstance(value, list):
             return [local(v) for v in value]
         # Unlike Path.exists, os.path.exists takes names that are too long for a file as absent.
-        if isinstance(value, str) and ":" not in value and not os.path.exists(value) and os.path.exists(near / value):
+        if isinstance(value, str) and value and ":" not in value and not os.path.exists(value) and os.path.exists(near / value):
             return str(near / value)
         return value
 

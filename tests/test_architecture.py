@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "mmcompress"
 # A room may import from rooms of its own level and of those below it.
 LEVELS = [
     {"errors", "files", "registry", "progress", "recipe", "recipe_errors", "environment", "context", "politeness"},
+    {"config"},
+    {"processor"},
     {"model"},
     {"families", "data", "runtimes", "tasks"},
     {"training", "quantization", "pruning", "measure"},
@@ -21,6 +23,7 @@ LEVELS = [
 # What each of these imports from above it, and why that is not a way up.
 ALLOWED = {
     ("model", "families"): "for types only",
+    ("config", "families"): "for types only",
     ("context", "model"): "for types only",
     ("context", "data"): "for types only",
     ("context", "tasks"): "for types only",

@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mmcompress.families.clip import FAMILY
-from mmcompress.model import CompressedModel, Processor
+from mmcompress.model import CompressedModel
+from mmcompress.processor import Processor
 
 COLOURS = {
     "red": (220, 30, 30),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import datasets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmcompress.errors import DataError, one_of
 
@@ -69,7 +69,10 @@ class Examples(Sequence[dict[str, Any]]):
         return self._row(index, {role: column for role, column in self.columns.items() if role != "image"})
 
     def _row(self, index: int, columns: Mapping[str, str]) -> dict[str, Any]:
-        row = self.rows[index]
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError as e:
+            raise DataError(f"{self.name}, row {index}: holds text that is not UTF-8: {_said(e)}") from e
         found: dict[str, Any] = {"index": index}
         for role, column in columns.items():
             if role == "label" and self.classes is None:
@@ -143,7 +146,8 @@ class Examples(Sequence[dict[str, Any]]):
             return value
         if isinstance(value, list) and value and all(isinstance(v, str) and v.strip() for v in value):
             return value
-        found = "an empty text" if value in ("", [], None) else type(value).__name__
+        empty = value in ([], None) or (isinstance(value, str) and not value.strip())
+        found = "an empty text" if empty else type(value).__name__
         raise DataError(f"{self.name}, row {index}, column {column!r}: {found}; allowed: a text or a list of texts")
 
 
@@ -193,6 +197,8 @@ def decode_image(value: Any, where: str, folder: Path | None = None) -> Image.Im
 
 def _said(e: BaseException) -> str:
     """On one line, and short: Pillow and the system repeat the whole path, or all that they were given."""
+    if isinstance(e, UnidentifiedImageError):
+        return "its bytes are of no format that Pillow knows"
     text = " ".join(str(e).split())
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
 

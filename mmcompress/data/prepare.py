@@ -12,7 +12,7 @@ import numpy as np
 
 from mmcompress.data.examples import Examples
 from mmcompress.errors import DataError
-from mmcompress.model import Processor
+from mmcompress.processor import Processor
 
 BLOCK = 64
 KEEP_BYTES = 1_500_000_000

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from mmcompress.data.examples import Examples, guess_columns, undecoded
+from mmcompress.data.examples import ROLE_NAMES, Examples, guess_columns, undecoded
 from mmcompress.data.shapes import CLASSES, Shapes
 from mmcompress.errors import DataError, one_of
 from mmcompress.recipe import Data, Source
@@ -59,13 +60,22 @@ def load_source(source: Source, which: str, seed: int) -> Examples:
     if len(rows) == 0:
         raise DataError(f"{name}: is empty")
     columns = guess_columns(rows.column_names) | source.columns
-    for role, column in columns.items():
-        if column not in rows.column_names:
-            raise DataError(f"{name}: columns.{role}: " + one_of("column", column, rows.column_names))
-    rows, classes = undecoded(rows, columns)
+    _check_columns(columns, rows.column_names, name)
+    try:
+        rows, classes = undecoded(rows, columns)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{name}: holds text that is not UTF-8: {_line(e)}") from e
     folder = Path(paths[0]).parent if Path(paths[0]).is_file() else Path(paths[0]) if Path(paths[0]).is_dir() else None
     examples = Examples(rows, name, columns, source.classes or classes, source.skip_damaged, folder=folder)
     return _sample(examples, source.samples, seed)
+
+
+def _check_columns(columns: Mapping[str, str], names: Sequence[str], name: str) -> None:
+    for role, column in columns.items():
+        if role not in ROLE_NAMES:
+            raise DataError(f"{name}: columns: " + one_of("role", role, ROLE_NAMES))
+        if column not in names:
+            raise DataError(f"{name}: columns.{role}: " + one_of("column", column, names))
 
 
 def _bundled(source: Source, name: str, which: str, seed: int, shown: str) -> Examples:
@@ -76,6 +86,7 @@ def _bundled(source: Source, name: str, which: str, seed: int, shown: str) -> Ex
         raise DataError(f"data.{which}.split: " + one_of("split", split, list(BUNDLED_COUNT)))
     rows = Shapes(cast(Any, split), source.samples or BUNDLED_COUNT[split], seed)
     columns = {"image": "image", "text": "text", "label": "label"} | source.columns
+    _check_columns(columns, list(rows[0]), shown)
     return Examples(rows, shown, columns, source.classes or CLASSES, source.skip_damaged, synthetic=True)
 
 
@@ -92,7 +103,9 @@ def _read(source: Source, paths: Sequence[str], name: str) -> datasets.Dataset:
         return cast(datasets.Dataset, found)
     except DatasetNotFoundError as e:
         raise DataError(f"{name}: neither a local path nor a hub data set: {_line(e)}") from e
-    except (DatasetGenerationError, pa.ArrowInvalid, pa.ArrowTypeError) as e:
+    except StopIteration as e:
+        raise DataError(f"{name}: is empty") from e
+    except (DatasetGenerationError, pa.ArrowInvalid, pa.ArrowTypeError, tarfile.TarError) as e:
         raise DataError(f"{name}: damaged or of mixed content: {_line(e.__cause__ or e)}") from e
     except (OSError, ValueError, KeyError) as e:
         if isinstance(e, DataError):
@@ -108,8 +121,12 @@ def _looks_local(path: str) -> bool:
 
 def _read_local(paths: Sequence[str], source: Source, name: str) -> datasets.Dataset:
     folder = Path(paths[0])
-    if folder.is_dir():
+    if folder.is_dir() and len(paths) == 1:
         return _read_folder(folder, source, name)
+    nothing = next((p for p in paths if Path(p).is_dir() or Path(p).stat().st_size == 0), None)
+    if nothing is not None:
+        why = "is a folder; of several paths each must be a file" if Path(nothing).is_dir() else "is empty"
+        raise DataError(f"{name}: {nothing} {why}")
     kinds = {Path(p).suffix for p in paths}
     if len(kinds) > 1 or not kinds <= BUILDERS.keys():
         raise DataError(f"{name}: " + one_of("kind of file", ", ".join(sorted(kinds)), list(BUILDERS)))

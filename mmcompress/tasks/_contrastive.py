@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mmcompress.families.base import Outputs
-from mmcompress.model import Processor
+from mmcompress.processor import Processor
 
 
 def batch_of(rows: list[dict[str, Any]], texts: list[str], target: list[int], processor: Processor) -> dict[str, torch.Tensor]:

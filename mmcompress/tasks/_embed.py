@@ -10,7 +10,7 @@ import numpy as np
 from mmcompress.data.examples import Examples
 from mmcompress.data.prepare import prepared
 from mmcompress.errors import ModelError
-from mmcompress.model import Processor
+from mmcompress.processor import Processor
 from mmcompress.progress import Reporter
 from mmcompress.runtimes.base import Predict
 

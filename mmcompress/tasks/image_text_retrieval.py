@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mmcompress.data.examples import Examples
     from mmcompress.families.base import Outputs
-    from mmcompress.model import Processor
+    from mmcompress.processor import Processor
     from mmcompress.progress import Reporter
     from mmcompress.runtimes.base import Predict
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmcompress.data.examples import Examples
 from mmcompress.errors import DataError
-from mmcompress.model import Processor
+from mmcompress.processor import Processor
 from mmcompress.tasks.base import Task
 
 CACHE_BYTES = 1_000_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -417,7 +418,8 @@ def _fingerprints(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     where = resolve(recipe.model)
     if isinstance(where, Path):
-        weights = sorted(where.glob("*.safetensors"))
+        # os.path.isfile, unlike stat, takes links that lead nowhere as no file; loading says what is wrong with them.
+        weights = sorted(p for p in where.glob("*.safetensors") if os.path.isfile(p))
         found[f"model {recipe.model}"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]
     for which in ("train", "calibration", "eval"):
         source = getattr(recipe.data, which)
@@ -428,7 +430,7 @@ def _fingerprints(recipe: Recipe) -> dict[str, Any]:
             if path.is_file():
                 found[f"data.{which} {name}"] = [path.stat().st_size, path.stat().st_mtime_ns]
             elif path.is_dir():
-                found[f"data.{which} {name}"] = [folder_bytes(path), max(p.stat().st_mtime_ns for p in [path, *path.rglob("*")])]
+                found[f"data.{which} {name}"] = [folder_bytes(path), max(p.lstat().st_mtime_ns for p in [path, *path.rglob("*")])]
     return found
 
 

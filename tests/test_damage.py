@@ -533,12 +533,7 @@ def run_damaged(whole: Path, place: Path, damage: Damage) -> UserError | None:
     return error
 
 
-LINKS = pytest.mark.xfail(raises=OSError, strict=True, reason="chain._fingerprints follows links that lead nowhere")
-
-
-@pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=LINKS) if w == "model.safetensors is a loop" else w for w in WRONG_FOLDERS]
-)
+@pytest.mark.parametrize("what", WRONG_FOLDERS)
 def test_folders_that_are_wrong_by_hand_are_refused(whole: Path, tmp_path: Path, timed_here: None, what: str) -> None:
     assert run_damaged(whole, tmp_path, WRONG_FOLDERS[what]) is not None
 
@@ -767,7 +762,7 @@ FOLDERS: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=LINKS) if w == "dangling links" else w for w in FOLDERS])
+@pytest.mark.parametrize("what", FOLDERS)
 def test_folders_that_are_no_data_are_refused(whole: Path, tmp_path: Path, timed_here: None, what: str) -> None:
     (tmp_path / "pictures").mkdir()
     FOLDERS[what](tmp_path / "pictures")

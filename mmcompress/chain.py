@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +17,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mmcompress import __version__
-from mmcompress.config import resolve
 from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.leaks import shared_pictures
 from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
-from mmcompress.files import PARTIAL, disk_error, folder_bytes, write_json, write_text, writing_folder
+from mmcompress.files import PARTIAL, disk_error, write_json, write_text, writing_folder
+from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.rows import Meter, export_float
@@ -152,6 +151,7 @@ class Chain:
             log.info("%s: %d examples", which, len(examples))
         self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter)
         self._look_for_leaks(data)
+        self._look_for_numbers(data)
         self.data = data
         self._baseline()
         last, final, stopped = 0, self.rows[0], False
@@ -172,7 +172,7 @@ class Chain:
             "format_version": 1,
             "mmcompress": __version__,
             "recipe": resolved(self.recipe),
-            "inputs": _fingerprints(self.recipe),
+            "inputs": fingerprints(self.recipe),
         }
         path = self.folder / STATE_FILE
         if path.exists():
@@ -180,7 +180,7 @@ class Chain:
                 old = json.loads(path.read_text())
             except json.JSONDecodeError as e:
                 raise UserError(f"{path}: damaged; run with --fresh to begin again") from e
-            differing = _differences(old, state)
+            differing = differences(old, state)
             if differing:
                 raise UserError(
                     f"{self.folder}: holds a run that differs in {', '.join(differing[:4])}; choose another folder with -o, "
@@ -197,6 +197,14 @@ class Chain:
             (self.folder / name).unlink(missing_ok=True)
         for name in OWN_FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _look_for_numbers(self, data: dict[str, Examples]) -> None:
+        """Labels that are numbers without names make prompts such as "a photo of a 3."; that is hardly what was meant."""
+        classes = data["eval"].classes or []
+        if "label" in self.recipe.task.roles and len(classes) > 1 and all(name.isdigit() for name in classes):
+            text = f"The classes are called {classes[0]}, {classes[1]}, ...; prompts read so. Name them with classes: [...]"
+            self.warnings.append(Warning_(step="baseline", text=text))
+            self.reporter.say(f"warning: {text}")
 
     def _look_for_leaks(self, data: dict[str, Examples]) -> None:
         for which in ("train", "calibration"):
@@ -286,7 +294,7 @@ class Chain:
             if row.disturbed:
                 text = (
                     f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: its latency is not "
-                    f"to be trusted. Delete {kept} and run again on a quiet machine to measure anew."
+                    f"to be trusted. Delete measurements/{kept.name} in the run's folder and run again to measure anew."
                 )
                 self.warnings.append(Warning_(step=step, text=text))
         self.rows += rows
@@ -411,36 +419,3 @@ def _short(step: Pass) -> str:
     """The pass's settings that differ from their defaults, on one line."""
     settings = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"name"})
     return ", ".join(f"{k} {v}" for k, v in settings.items()) or "default settings"
-
-
-def _fingerprints(recipe: Recipe) -> dict[str, Any]:
-    """Size and time of change of every local input, so that a resumed run never mixes results of different data."""
-    found: dict[str, Any] = {}
-    where = resolve(recipe.model)
-    if isinstance(where, Path):
-        # os.path.isfile, unlike stat, takes links that lead nowhere as no file; loading says what is wrong with them.
-        weights = sorted(p for p in where.glob("*.safetensors") if os.path.isfile(p))
-        found[f"model {recipe.model}"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]
-    for which in ("train", "calibration", "eval"):
-        source = getattr(recipe.data, which)
-        if source is None or source.path is None:
-            continue
-        for name in [source.path] if isinstance(source.path, str) else source.path:
-            path = Path(name)
-            if path.is_file():
-                found[f"data.{which} {name}"] = [path.stat().st_size, path.stat().st_mtime_ns]
-            elif path.is_dir():
-                found[f"data.{which} {name}"] = [folder_bytes(path), max(p.lstat().st_mtime_ns for p in [path, *path.rglob("*")])]
-    return found
-
-
-def _differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """The key paths at which two plain values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in {**old, **new}:
-            found += _differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{at}.{i}")]
-    return [] if old == new else [at.removeprefix("recipe.")]

@@ -145,9 +145,11 @@ def family_of(config: PretrainedConfig, where: str) -> Family:
     raise ModelError(f"model {where}: " + one_of("model_type", str(config.model_type), types))
 
 
-def raise_unless_damage(e: Exception) -> None:
-    """The Rust side of tokenizers raises Exception itself, which no except clause can tell from others."""
-    if type(e) is not Exception and not isinstance(e, DAMAGE):
+def raise_unless_damage(e: BaseException) -> None:
+    """The Rust side of tokenizers raises Exception itself, and its panics derive from BaseException alone: no except clause can
+    tell either from others.
+    """
+    if type(e) is not Exception and type(e).__name__ != "PanicException" and not isinstance(e, DAMAGE):
         raise e
 
 

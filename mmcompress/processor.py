@@ -60,7 +60,7 @@ def load_processor(where: str | Path, trust_remote_code: bool = False) -> Proces
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         images = AutoImageProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except Exception as e:
+    except BaseException as e:
         raise_unless_damage(e)
         raise ModelError(f"model {where}: its tokenizer or image processor cannot be read: {one_line(e)}") from e
     text = load_config(where, trust_remote_code=trust_remote_code).get_text_config()
@@ -77,7 +77,7 @@ def check_processor(processor: Processor, config: PretrainedConfig, source: str)
     try:
         largest = max(processor.tokenizer.get_vocab().values(), default=-1)
         ids = processor.tokens(["a photo", "a photo of a thing that is called so " * 50])["input_ids"]
-    except Exception as e:
+    except BaseException as e:
         raise_unless_damage(e)
         raise ModelError(f"model {source}: its tokenizer does not work: {one_line(e)}") from e
     largest = max(largest, int(ids.max()) if ids.numel() else -1)

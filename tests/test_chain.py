@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset, Features, Image, Value
 from transformers import CLIPModel
 
 import mmcompress as mm
@@ -238,13 +239,10 @@ def edit(folder: Path, what: str) -> dict[str, Any]:
     if what == "label":
         rows = tiny.rows(40)
         rows["label"][7] = 99
-        from datasets import ClassLabel, Dataset, Features, Image, Value
-
         features = Features({"image": Image(), "label": Value("int64"), "caption": Value("string")})
         Dataset.from_dict(rows, features=features).to_parquet(str(folder / "test.parquet"))
         recipe["data"]["eval"]["classes"] = list(tiny.COLOURS)
         del recipe["data"]["train"]
-        del ClassLabel
     elif what == "column":
         recipe["data"]["eval"]["columns"] = {"label": "lable"}
     elif what == "weights":
@@ -253,8 +251,6 @@ def edit(folder: Path, what: str) -> dict[str, Any]:
     elif what == "picture":
         rows = tiny.rows(40)
         rows["image"][7] = {"bytes": b"junk", "path": None}
-        from datasets import Dataset
-
         Dataset.from_dict(rows, features=tiny.dataset(1).features).to_parquet(str(folder / "test.parquet"))
     elif what == "empty":
         tiny.dataset(6).select([]).to_parquet(str(folder / "test.parquet"))
@@ -333,6 +329,15 @@ def test_leaked_pictures_are_in_the_report(tmp_path: Path) -> None:
     report = mm.run(recipe, tmp_path / "run").report
     assert any("48 of 48 evaluation pictures are also in data.train" in w.text for w in report.warnings)
     assert "48 of 48" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_classes_that_are_only_numbers_are_said(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, passes=[])
+    del recipe["data"]["train"]
+    plain = tiny.dataset(40, 1).cast_column("label", Value("int64"))
+    plain.to_parquet(str(tmp_path / "test.parquet"))
+    report = mm.run(recipe, tmp_path / "run").report
+    assert any("Name them with classes" in w.text for w in report.warnings)
 
 
 def test_custom_shapes_are_said_in_the_report(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mmcompress import __version__
+from mmcompress.config import resolve
 from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.leaks import shared_pictures
 from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
-from mmcompress.files import PARTIAL, disk_error, write_json, write_text, writing_folder
+from mmcompress.files import PARTIAL, disk_error, folder_bytes, write_json, write_text, writing_folder
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
@@ -225,8 +226,10 @@ class Chain:
             source.onnx = None
             warnings = []
             if source.stored_dtype != "float32":
+                where = resolve(self.recipe.model)
+                own = f" in {folder_bytes(where, '*.safetensors') / 1e6:.1f} MB" if isinstance(where, Path) else ""
                 warnings.append(
-                    f"The model's own file stores {source.stored_dtype} weights; every step is run and saved as float32, so the "
+                    f"The model's own file stores {source.stored_dtype} weights{own}; every step is run and saved as float32: the "
                     f"baseline's size here is that of its float32 form."
                 )
             self._save(source, place, {"seconds": time.monotonic() - start, "warnings": warnings, "facts": {}})

@@ -229,8 +229,8 @@ class Chain:
                 where = resolve(self.recipe.model)
                 own = f" in {folder_bytes(where, '*.safetensors') / 1e6:.1f} MB" if isinstance(where, Path) else ""
                 warnings.append(
-                    f"The model's own file stores {source.stored_dtype} weights{own}; every step is run and saved as float32: the "
-                    f"baseline's size here is that of its float32 form."
+                    f"The model's own file stores {source.stored_dtype} weights{own}; every step is run and saved as float32; "
+                    "the baseline's size here is that of its float32 form."
                 )
             self._save(source, place, {"seconds": time.monotonic() - start, "warnings": warnings, "facts": {}})
         config = json.loads((place / "config.json").read_text())

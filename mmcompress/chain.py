@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from mmcompress import __version__
 from mmcompress.config import resolve
@@ -24,7 +25,7 @@ from mmcompress.data.leaks import shared_pictures
 from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
-from mmcompress.files import PARTIAL, disk_error, folder_bytes, write_json, write_text, writing_folder
+from mmcompress.files import PARTIAL, disk_error, folder_bytes, is_full_disk, write_json, write_text, writing_folder
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
@@ -96,10 +97,17 @@ def run(
     new = not folder.exists()
     try:
         with _exclusive(folder), logging_to(folder / "log.txt"):
-            return Chain(plan, folder, reporter, fresh).go()
+            try:
+                return Chain(plan, folder, reporter, fresh).go()
+            finally:
+                shutil.rmtree(folder / ".work", ignore_errors=True)
     except UserError:
         if new and not (folder / "steps").exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing but our own bookkeeping: leave no half-made run behind
+        raise
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if is_full_disk(e):
+            raise disk_error(e, folder) from e
         raise
 
 

@@ -16,11 +16,18 @@ from mmcompress.errors import UserError
 PARTIAL = ".partial"
 
 
-def disk_error(e: OSError, path: Path) -> UserError:
+def is_full_disk(e: BaseException) -> bool:
+    """True for a write that failed for want of space, whichever library says it in its own words."""
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(e) or "os error 28" in str(e)
+
+
+def disk_error(e: BaseException, path: Path) -> UserError:
     """The one message for a write that failed."""
-    if e.errno == errno.ENOSPC:
+    if is_full_disk(e):
         return UserError(f"{path}: the disk is full; free some space and run the same command again to go on")
-    return UserError(f"{path}: cannot be written: {e.strerror or e}")
+    return UserError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as a user would run them. The slower ones are marked."""
+"""The scripts in examples/ run as a user would run them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ def test_custom_loss(tmp_path: Path) -> None:
     assert (tmp_path / "distilled" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_a_recipe_and_its_onnx_files(tmp_path: Path) -> None:
     said = run("run_a_recipe.py", "--out", tmp_path / "run")
     assert "gates met: " in said
@@ -52,3 +51,11 @@ def test_a_recipe_and_its_onnx_files(tmp_path: Path) -> None:
     said = run("onnx_inference.py", "--run", tmp_path / "run", "--out", tmp_path / "answer.json")
     right = said.split("the picture shows: a ")[1].splitlines()[0]
     assert next(iter(json.loads((tmp_path / "answer.json").read_text()))) == right
+
+
+def test_pretraining_in_small(tmp_path: Path) -> None:
+    run("pretrain_shapes_clip.py", "--out", tmp_path / "clip", "--rows", "64", "--epochs", "1", "--batch", "32", "--threads", "1")
+    model = CLIPModel.from_pretrained(tmp_path / "clip")
+    assert 3e6 <= model.num_parameters() <= 6e6
+    assert (tmp_path / "clip" / "model.safetensors").stat().st_size <= 8_000_000
+    assert "synthetic" in (tmp_path / "clip" / "README.md").read_text()

@@ -94,8 +94,7 @@ def run(
         from mmcompress.progress import TerminalReporter
         from mmcompress.report.text import render_text
 
-        assert_streams = _streams or (sys.stdout, sys.stderr)
-        reporter = TerminalReporter(Console(file=assert_streams[1]))
+        reporter = TerminalReporter(Console(file=_streams[1] if _streams else sys.stderr))
         with reporter.live():
             result = chain(plan, output, fresh=fresh, reporter=reporter)
         _print(render_text(result.report))

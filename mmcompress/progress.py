@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class TerminalReporter(Reporter):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars: Progress | None = None
-        self._task: int | None = None
+        self._task: TaskID | None = None
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -73,7 +73,7 @@ class TerminalReporter(Reporter):
 
     def note(self, text: str) -> None:
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, note=text)  # type: ignore[arg-type]  # a TaskID is an int
+            self._bars.update(self._task, note=text)
 
 
 SILENT = Reporter()

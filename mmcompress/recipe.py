@@ -14,11 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from mmcompress import registry
-from mmcompress.errors import RecipeError
+from mmcompress.errors import RecipeError, one_of
 from mmcompress.recipe_errors import LineMap, cut_middle, explain
 
-SPLITS = ("train", "calibration", "eval")
-RUNTIMES = ("torch", "onnxruntime")
 TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 LONGEST_NAME = 255
 """Bytes that a file's name may have on any common file system."""
@@ -138,7 +136,6 @@ class ReportSettings(_Strict):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
     )
-    eval_batch_size: int = Field(64, ge=1, le=4096, description="Batch size while scoring.")
 
 
 class Recipe(_Strict):
@@ -178,7 +175,7 @@ class Recipe(_Strict):
                 raise ValueError(f"passes.{i}: {step.name} reads data.{missing[0]}, which the recipe does not have")
         for i, gate in enumerate(self.gates):
             if gate.metric not in self.task.metrics:
-                raise ValueError(f"gates.{i}.metric: " + _one_of("metric", gate.metric, self.task.metrics))
+                raise ValueError(f"gates.{i}.metric: " + one_of("metric", gate.metric, self.task.metrics))
         for which in ("train", "calibration"):
             source = getattr(self.data, which)
             if source is not None and source.from_ in (which, "eval"):
@@ -188,12 +185,6 @@ class Recipe(_Strict):
         if self.data.eval.from_ is not None:
             raise ValueError("data.eval.from: scoring needs examples of its own; give a path")
         return self
-
-
-def _one_of(what: str, found: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
-    from mmcompress.errors import one_of
-
-    return one_of(what, found, list(allowed))
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 
@@ -23,8 +23,8 @@ def shared_pictures(train: Examples, test: Examples) -> int:
 
 
 def _hashes(examples: Examples) -> list[bytes]:
-    column = examples.columns["image"]
-    return [hashlib.blake2b(_bytes(value, examples), digest_size=16).digest() for value in examples.rows[column]]  # type: ignore[call-overload]
+    values = cast(datasets.Dataset, examples.rows)[examples.columns["image"]]
+    return [hashlib.blake2b(_bytes(value, examples), digest_size=16).digest() for value in values]
 
 
 def _bytes(value: Any, examples: Examples) -> bytes:

@@ -7,10 +7,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mmcompress.config import resolve
+from mmcompress.config import family_of, load_config, resolve
 from mmcompress.errors import ModelError
 from mmcompress.evaluate import is_onnx_folder
+from mmcompress.families.base import without_weights
 from mmcompress.measure.latency import measure
+from mmcompress.model import load
 
 NOTE = "all components once; each model in a process of its own; speed is relative to the first line"
 
@@ -30,8 +32,13 @@ def bench_models(sources: list[str], batch_sizes: list[int], threads: int, secon
         runtimes = ["onnxruntime"] if is_onnx_folder(where) else ["torch"]
         if runtimes == ["torch"] and (where / "onnx").is_dir():
             runtimes.append("onnxruntime")
+        config = load_config(where)
+        family = family_of(config, str(where))
+        module = load(where).module if runtimes[0] == "torch" else without_weights(family, config)
         for runtime in runtimes:
-            timed = measure(where, runtime, batch_sizes=batch_sizes, threads=threads, seconds=seconds)
+            timed = measure(
+                where, runtime, batch_sizes=batch_sizes, threads=threads, seconds=seconds, family=family, module=module
+            )
             latency = {b: t.model_dump() for b, t in timed["latency_ms"].items()}
             found.append(
                 {

@@ -21,7 +21,8 @@ from mmcompress import __version__
 from mmcompress.config import resolve
 from mmcompress.context import Context
 from mmcompress.data.examples import Examples
-from mmcompress.data.leaks import shared_pictures
+from mmcompress.data.leaks import shared_media
+from mmcompress.data.prepare import WORDS
 from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
@@ -156,7 +157,7 @@ class Chain:
         self._open()
         data = load_data(self.recipe.data, self.recipe.seed)
         for which, examples in data.items():
-            examples.narrow(self.recipe.task.roles, self.recipe.task.type)
+            examples.narrow(self.recipe.task.roles, self.recipe.task.type, self.recipe.task.optional)
             log.info("%s: %d examples", which, len(examples))
         self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter)
         self._look_for_leaks(data)
@@ -218,9 +219,10 @@ class Chain:
     def _look_for_leaks(self, data: dict[str, Examples]) -> None:
         for which in ("train", "calibration"):
             if which in data and self.recipe.data.eval is not None:
-                count = shared_pictures(data[which], data["eval"])
+                count = shared_media(data[which], data["eval"])
                 if count:
-                    text = f"{count} of {len(data['eval'])} evaluation pictures are also in data.{which}: quality is overstated."
+                    what = f"{WORDS[data['eval'].kind]}s"
+                    text = f"{count} of {len(data['eval'])} evaluation {what} are also in data.{which}: quality is overstated."
                     self.warnings.append(Warning_(step="baseline", text=text))
 
     # The steps.
@@ -231,6 +233,7 @@ class Chain:
             self.reporter.say(f"baseline: loading {self.recipe.model}")
             start = time.monotonic()
             source = load(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
+            self.recipe.task.fits(source.family.abilities, source.family.name)
             source.onnx = None
             warnings = []
             if source.stored_dtype != "float32":
@@ -363,7 +366,7 @@ class Chain:
 
     def _kept(self, row: Row) -> bool:
         """Judges the gates that are judged at every step; a rolled-back step's rows are marked."""
-        own = [judge(gate, row) for gate in self.recipe.gates if gate.on_miss != "report"]
+        own = [judge(gate, row, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss != "report"]
         self.gates += own
         missed = [g for g in own if g.verdict != "met"]
         for gate in missed:
@@ -379,7 +382,7 @@ class Chain:
         return "stop" if "stop" in missed else "rollback"
 
     def _finish(self, last: int, final: Row, stopped: bool) -> RunResult:
-        at_end = [judge(gate, final) for gate in self.recipe.gates if gate.on_miss == "report"]
+        at_end = [judge(gate, final, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss == "report"]
         self.gates += at_end
         self._write_final(last)
         report = self._write_report(final, finished=True)
@@ -410,6 +413,8 @@ class Chain:
             recipe=resolved(self.recipe),
             environment=environment() | {"threads": self.recipe.report.threads},
             metrics=dict(self.recipe.task.metrics),
+            lower_is_better=sorted(self.recipe.task.lower_is_better),
+            units={m: self.recipe.task.units.get(m, "percent") for m in self.recipe.task.metrics},
             rows=self.rows,
             gates=self.gates,
             warnings=self.warnings,
@@ -420,6 +425,7 @@ class Chain:
                 final=final if final.step != "baseline" else None,
                 finished=finished,
                 synthetic=synthetic,
+                lower_is_better=self.recipe.task.lower_is_better,
             ),
         )
         write_report(report, self.folder)

@@ -116,10 +116,10 @@ def check_config(config: PretrainedConfig, family: Family, source: str) -> None:
                 if type(size) is not int or not 1 <= size <= most:
                     raise ModelError(f"{at}{key}: found {str(found)[:60]}; allowed: 1 to {most}")
         width, heads = getattr(part, "hidden_size", 1), getattr(part, "num_attention_heads", 1)
-        if width % heads:
+        if isinstance(width, int) and isinstance(heads, int) and width % heads:
             raise ModelError(f"{at}num_attention_heads: {heads} heads do not divide hidden_size {width}")
         vocabulary, end = getattr(part, "vocab_size", None), getattr(part, "eos_token_id", None)
-        ends = end if isinstance(end, list) else [] if end is None else [end]
+        ends = end if isinstance(end, list) else [] if end is None or not family.reads_end else [end]
         if vocabulary is not None and not all(type(i) is int and 0 <= i < vocabulary for i in ends):
             raise ModelError(f"{at}eos_token_id: found {str(end)[:60]}; allowed: 0 to {vocabulary - 1} (vocab_size {vocabulary})")
         picture, patch = getattr(part, "image_size", None), getattr(part, "patch_size", None)
@@ -140,9 +140,14 @@ def family_of(config: PretrainedConfig, where: str) -> Family:
     families: list[Family] = [registry.find("families", name).FAMILY for name in registry.names("families")]
     for family in families:
         if config.model_type in family.model_types:
-            return family
+            return family.of(config)
     types = sorted(t for f in families for t in f.model_types)
-    raise ModelError(f"model {where}: " + one_of("model_type", str(config.model_type), types))
+    made = ", ".join(getattr(config, "architectures", None) or []) or "no architectures named"
+    raise ModelError(
+        f"model {where}: "
+        + one_of("model_type", str(config.model_type), types)
+        + f'; its config.json says {made}. docs/how-to.md, "Add a model family", tells how to write one'
+    )
 
 
 def raise_unless_damage(e: BaseException) -> None:

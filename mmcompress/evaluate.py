@@ -28,13 +28,15 @@ def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
     """
     where = resolve(source)
     examples = load_source(recipe.data.eval, "eval", recipe.seed)
-    examples.narrow(recipe.task.roles, recipe.task.type)
+    examples.narrow(recipe.task.roles, recipe.task.type, recipe.task.optional)
     predict: Predict
     if isinstance(where, Path) and is_onnx_folder(where):
         predict, processor = OnnxPredict(where), load_processor(where)
     else:
         model = load(source, trust_remote_code=recipe.trust_remote_code)
         predict, processor = TorchPredict(model, recipe.report.device), model.processor
+    if processor.family is not None:
+        recipe.task.fits(processor.family.abilities, processor.family.name)
     scores = recipe.task.evaluate(predict, processor, examples, SILENT)
     return {
         "model": source,
@@ -76,7 +78,7 @@ def render_evaluation(found: dict[str, Any]) -> str:
         shown = [[k, _percent(c["precision"]), _percent(c["recall"]), c["n"]] for k, c in worst]
         lines += ["", "lowest recall:", tabulate(shown, headers=["class", "precision", "recall", "n"], disable_numparse=True)]
     if found["skipped"]:
-        lines.append(f"\n{found['skipped']} examples were skipped: their picture does not decode")
+        lines.append(f"\n{found['skipped']} examples were skipped: they do not decode")
     return "\n".join(lines)
 
 

@@ -24,9 +24,9 @@ def inspect_model(source: str | CompressedModel) -> dict[str, Any]:
     for tower in parameters:
         own = [part for part in parts.values() if part.tower == tower]
         axes = {}
-        for axis in model.family.axes if tower in sizes else ():
+        for axis in model.family.tower_axes(tower) if tower in sizes else ():
             size = sizes[tower][axis]
-            least = sizes[tower]["width"] // sizes[tower]["heads"] if axis == "width" else 1
+            least = sizes[tower]["width"] // sizes[tower]["heads"] if axis == "width" and "heads" in sizes[tower] else 1
             axes[axis] = {"size": size, "max_ratio": round(1 - least / size, 4), "stock": axis in model.family.stock_axes}
         towers[tower] = {
             "parameters": parameters[tower],

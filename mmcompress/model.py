@@ -46,7 +46,7 @@ class CompressedModel:
 
     Attributes:
         module: the transformers module, in eval mode, float32.
-        processor: its tokenizer and image processor.
+        processor: its tokenizer and what prepares its pictures or recordings.
         family: what knows its towers and axes.
         source: what the user called it (hub id, folder or ``bundled:<name>``).
         history: for each pass applied, ``{"pass": name, "settings": {...}, "result": {...}}``; plain JSON data.
@@ -119,11 +119,12 @@ def check_reload(model: CompressedModel, folder: Path) -> None:
         ModelError: the folder does not load, or its outputs differ from the model's in memory.
     """
     again = load(folder).module if model.custom else _load_stock(folder, model.family.model_class(), str(folder))[0]
-    batch = model.family.example_batch(model.module.config, 2)
+    config = model.module.config
     device = next(model.module.parameters()).device
     again = again.to(device)
     for name, part in model.family.components(model.module).items():
         twin = model.family.components(again)[name]
+        batch = model.family.example_inputs(config, part, 2)
         inputs = [batch[i].to(device) for i in part.inputs]
         with torch.no_grad():
             ours, theirs = part.module(*inputs), twin.module(*inputs)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.config import family_of, load_config
 from mmcompress.errors import RecipeError
-from mmcompress.families.base import Family
+from mmcompress.families.base import Family, without_weights
 from mmcompress.passes.base import Pass
 from mmcompress.recipe import Recipe
 
@@ -51,6 +51,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     """
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     family = family_of(config, recipe.model)
+    recipe.task.fits(family.abilities, family.name)
     sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
     parameters, flops = _cost(family, config)
     found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
@@ -78,16 +79,14 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
 
 def _cost(family: Family, config: Any) -> tuple[int, int]:
     """Parameters and FLOPs of a model that exists only as shapes."""
-    config = type(config).from_dict(config.to_dict())
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        module = family.model_class()(config).eval()
-    example = {k: v.to("meta") for k, v in family.example_batch(config, 1).items()}
+    module = without_weights(family, config)
     total = 0
-    for part in family.components(module).values():
+    parts = family.components(module)
+    for call in family.calls(module, 1):
+        part = parts[call.component]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            part.module(*[example[i] for i in part.inputs])
-        total += int(counter.get_total_flops())
+            part.module(*[call.inputs[i].to("meta") for i in part.inputs])
+        total += call.times * int(counter.get_total_flops())
     return sum(p.numel() for p in module.parameters()), total
 
 

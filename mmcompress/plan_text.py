@@ -41,7 +41,8 @@ def render_plan(recipe: Recipe) -> str:
     notes.append(f"disk for all steps: about {needed / 1e6:.0f} MB ({free / 1e9:.1f} GB free here)")
     notes.append("estimates: memory without activations; time from the speed of one matrix product, good to a factor of about 3")
     for gate in recipe.gates:
-        limit = f"at most {gate.max_drop:g} points lost" if gate.max_drop is not None else f"at least {gate.min_value:g}"
+        limit = f"at most {gate.max_drop:g} points worse" if gate.max_drop is not None else f"at least {gate.min_value:g}"
+        limit = limit if gate.max_value is None else f"at most {gate.max_value:g}"
         notes.append(f"gate: {gate.metric}, {limit} ({gate.on_miss})")
     return "\n".join(notes)
 

@@ -43,8 +43,8 @@ class Source(_Strict):
 
     path: str | list[str] | None = Field(
         None,
-        description="A local Parquet, JSONL, CSV or WebDataset (.tar) file or a list of them, a folder of images, a hub id, "
-        "or `bundled:shapes`.",
+        description="A local Parquet, JSONL, CSV or WebDataset (.tar) file or a list of them, a folder of images or recordings, "
+        "a hub id, or `bundled:shapes`.",
     )
     from_: Literal["train", "eval"] | None = Field(
         None, alias="from", description="Take the examples from another split instead of a path."
@@ -55,7 +55,8 @@ class Source(_Strict):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Role to column name, for roles image, text, label. Common names are found without it.",
+        description="Role to column name, for roles image, audio, text, label, question, answers, speaker. Common names are "
+        "found without it.",
     )
     classes: list[str] | None = Field(
         None, description="Class names in the order of the label numbers, where the data does not say."
@@ -63,7 +64,9 @@ class Source(_Strict):
     samples: int | None = Field(
         None, ge=1, description="Use this many examples, chosen by the recipe's seed. All where left out."
     )
-    skip_damaged: bool = Field(False, description="Skip and count pictures that do not decode, instead of stopping.")
+    skip_damaged: bool = Field(
+        False, description="Skip and count pictures and recordings that do not decode, instead of stopping."
+    )
 
     @field_validator("path")
     @classmethod
@@ -102,9 +105,15 @@ class Gate(_Strict):
 
     metric: str = Field(description="A metric of the task; `mmcompress list tasks <task>` shows them.")
     max_drop: float | None = Field(
-        None, ge=0, le=100, description="Largest allowed drop against the baseline, in points (0 to 100)."
+        None,
+        ge=0,
+        le=100,
+        description="How much worse than the baseline it may be, in points (0 to 100): a fall, or a rise of an error rate.",
     )
     min_value: float | None = Field(None, ge=0, le=100, description="Smallest allowed value, in points (0 to 100).")
+    max_value: float | None = Field(
+        None, ge=0, le=1000, description="Largest allowed value, in points, of a metric that counts mistakes (wer, cer)."
+    )
     on_miss: Literal["report", "rollback", "stop"] = Field(
         "report",
         description="report: judge the final model only, exit code 3 when missed. rollback: judge every step, undo a miss and go "
@@ -113,8 +122,8 @@ class Gate(_Strict):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if (self.max_drop is None) == (self.min_value is None):
-            raise ValueError("needs exactly one of `max_drop` and `min_value`")
+        if sum(limit is not None for limit in (self.max_drop, self.min_value, self.max_value)) != 1:
+            raise ValueError("needs exactly one of `max_drop`, `min_value` and `max_value`")
         return self
 
 
@@ -176,6 +185,10 @@ class Recipe(_Strict):
         for i, gate in enumerate(self.gates):
             if gate.metric not in self.task.metrics:
                 raise ValueError(f"gates.{i}.metric: " + one_of("metric", gate.metric, self.task.metrics))
+            lower = gate.metric in self.task.lower_is_better
+            if (gate.min_value if lower else gate.max_value) is not None:
+                better, wrong, right = ("lower", "min_value", "max_value") if lower else ("higher", "max_value", "min_value")
+                raise ValueError(f"gates.{i}.{wrong}: {better} values of {gate.metric} are better; give `{right}` or `max_drop`")
         for which in ("train", "calibration"):
             source = getattr(self.data, which)
             if source is not None and source.from_ in (which, "eval"):

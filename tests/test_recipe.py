@@ -71,7 +71,7 @@ def test_a_good_recipe_is_resolved_with_every_default(tmp_path: Path) -> None:
         ("type: zero-shot-image-classification", "type: zero-shot", "line 4: task.type: unknown task type 'zero-shot'"),
         ("metric: accuracy", "metric: acuracy", "line 15: gates.0.metric: unknown metric 'acuracy'"),
         ("max_drop: 1.0", "max_drop: -3", "line 15: gates.0.max_drop: found -3"),
-        (", max_drop: 1.0", "", "line 15: gates.0: needs exactly one of `max_drop` and `min_value`"),
+        (", max_drop: 1.0", "", "line 15: gates.0: needs exactly one of `max_drop`, `min_value` and `max_value`"),
         ("model: bundled:shapes-clip\n", "", "model: this key is missing"),
         ("name: good", "name: good\nnmae: x", "line 2: nmae: unknown key 'nmae'"),
         ("name: good", "name: a/b", "line 1: name: found 'a/b'"),

@@ -43,7 +43,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def processor() -> Processor:
     """Whole words, and pictures of 16 x 16."""
     size = {"height": 16, "width": 16}
-    return Processor(tokenizer(), CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size))
+    return Processor(
+        tokenizer(), CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size), family=FAMILY, config=clip_config()
+    )
 
 
 def clip_config(**vision: Any) -> CLIPConfig:

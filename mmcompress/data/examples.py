@@ -1,27 +1,31 @@
-"""Examples as tasks see them: rows with a picture, a text and a label, decoded when asked for."""
+"""Examples as tasks see them: rows with a picture or a recording, texts and labels, decoded when asked for."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from mmcompress.data.audio import Audio, decode_audio
 from mmcompress.errors import DataError, one_of
+
+KINDS = ("image", "audio")
+"""The roles whose values are media: decoded when asked for, prepared by the model's processor, and cached."""
 
 
 class Examples(Sequence[dict[str, Any]]):
-    """Rows by role (``image``, ``text``, ``label``), whatever the columns of the source are called.
+    """Rows by role (see `ROLES`), whatever the columns of the source are called.
 
     Attributes:
         name: what messages call it, such as ``data.eval (test.parquet)``.
         classes: names of the labels, or None where the data has no labels.
         synthetic: True for bundled data, which reports must say.
-        folder: where relative paths of pictures begin.
+        folder: where relative paths of pictures and recordings begin.
     """
 
     def __init__(
@@ -50,23 +54,36 @@ class Examples(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> dict[str, Any] | Examples:
-        """Row ``index`` by role, its picture decoded to RGB; a slice gives Examples.
+        """Row ``index`` by role, its picture decoded to RGB or its recording to `Audio`; a slice gives Examples.
 
         Raises:
-            DataError: a picture does not decode, or a label is outside the classes.
+            DataError: the picture or recording does not decode, or a label is outside the classes.
         """
         if isinstance(index, slice):
             return self.take(range(*index.indices(len(self))))
         return self._row(index, dict(self.columns))
 
-    def image(self, index: int) -> Image.Image:
-        """The picture of row ``index`` as RGB; nothing else of the row is looked at."""
-        found: Image.Image = self._row(index, {"image": self.columns["image"]})["image"]
+    @property
+    def kind(self) -> str:
+        """``image`` or ``audio``: which of them the examples hold.
+
+        Raises:
+            DataError: neither.
+        """
+        found = next((kind for kind in KINDS if kind in self.columns), None)
+        if found is None:
+            have = ", ".join(self.column_names()) or "none"
+            raise DataError(f"{self.name}: no column of pictures or recordings is known; the data's columns are: {have}")
         return found
 
-    def without_image(self, index: int) -> dict[str, Any]:
-        """Row ``index`` by role without its picture, which need not decode."""
-        return self._row(index, {role: column for role, column in self.columns.items() if role != "image"})
+    def media(self, index: int) -> Image.Image | Audio:
+        """The picture (RGB) or recording of row ``index``; nothing else of the row is looked at."""
+        found: Image.Image | Audio = self._row(index, {self.kind: self.columns[self.kind]})[self.kind]
+        return found
+
+    def without_media(self, index: int) -> dict[str, Any]:
+        """Row ``index`` by role without its picture or recording, which need not decode."""
+        return self._row(index, {role: column for role, column in self.columns.items() if role not in KINDS})
 
     def _row(self, index: int, columns: Mapping[str, str]) -> dict[str, Any]:
         try:
@@ -82,10 +99,12 @@ class Examples(Sequence[dict[str, Any]]):
             value = row[column]
             if role == "image":
                 value = decode_image(value, f"{self.name}, row {index}, column {column!r}", self.folder)
+            elif role == "audio":
+                value = decode_audio(value, f"{self.name}, row {index}, column {column!r}", self.folder)
             elif role == "label":
                 value = self._label(value, index, column)
-            elif role == "text":
-                value = self._text(value, index, column)
+            elif role != "speaker":
+                value = self._text(_said_by_people(value) if role == "answers" else value, index, column)
             found[role] = value
         return found
 
@@ -94,13 +113,15 @@ class Examples(Sequence[dict[str, Any]]):
         rows = self.rows.select(list(indices)) if isinstance(self.rows, datasets.Dataset) else _Chosen(self.rows, indices)
         return Examples(rows, self.name, self.columns, self.classes, self.skip_damaged, self.synthetic, self.folder)
 
-    def need(self, roles: Mapping[str, str], who: str) -> None:
-        """Checks that every role a task reads has a column.
+    def need(self, roles: Mapping[str, str], who: str, optional: Collection[str] = ()) -> None:
+        """Checks that every role a task reads has a column, but for those it can do without.
 
         Raises:
             DataError: a role has none.
         """
         for role, what in roles.items():
+            if role in optional and role not in self.columns:
+                continue
             if role not in self.columns:
                 have = ", ".join(self.column_names()) or "none"
                 raise DataError(
@@ -111,9 +132,9 @@ class Examples(Sequence[dict[str, Any]]):
                 column = self.columns[role]
                 raise DataError(f"{self.name}: the labels in {column!r} name no classes; give their names with classes: [...]")
 
-    def narrow(self, roles: Mapping[str, str], who: str) -> None:
+    def narrow(self, roles: Mapping[str, str], who: str, optional: Collection[str] = ()) -> None:
         """Checks as ``need``, then keeps only the columns that a task reads: what is wrong with others stops nothing."""
-        self.need(roles, who)
+        self.need(roles, who, optional)
         self.columns = {role: column for role, column in self.columns.items() if role in roles}
 
     def column_names(self) -> list[str]:
@@ -149,6 +170,15 @@ class Examples(Sequence[dict[str, Any]]):
         empty = value in ([], None) or (isinstance(value, str) and not value.strip())
         found = "an empty text" if empty else type(value).__name__
         raise DataError(f"{self.name}, row {index}, column {column!r}: {found}; allowed: a text or a list of texts")
+
+
+def _said_by_people(value: Any) -> Any:
+    """The texts alone of answers as VQA v2 records them: ``[{"answer": "yes", "answer_id": 1, ...}, ...]``."""
+    if isinstance(value, dict) and isinstance(value.get("answer"), list):
+        return value["answer"]
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "answer" in v for v in value):
+        return [v["answer"] for v in value]
+    return value
 
 
 class _Chosen(Sequence[Mapping[str, Any]]):
@@ -207,7 +237,7 @@ def as_examples(data: Any, name: str = "data") -> Examples:
     """Anything list-like with rows, or a `datasets.Dataset`, as Examples; roles are guessed from the column names.
 
     Raises:
-        DataError: it has no column that looks like a picture.
+        DataError: it has no column that looks like pictures or recordings.
     """
     if isinstance(data, Examples):
         return data
@@ -216,8 +246,8 @@ def as_examples(data: Any, name: str = "data") -> Examples:
     columns = guess_columns(names)
     if isinstance(data, datasets.Dataset):
         data, classes = undecoded(data, columns)
-    if "image" not in columns:
-        raise DataError(f"{name}: no column looks like a picture; columns are: {', '.join(names) or 'none'}")
+    if not any(kind in columns for kind in KINDS):
+        raise DataError(f"{name}: no column looks like pictures or recordings; columns are: {', '.join(names) or 'none'}")
     return Examples(data, name, columns, classes)
 
 
@@ -227,7 +257,12 @@ ROLE_NAMES = {
     "image": ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "image_path", "file_name"),
     "text": ("text", "caption", "captions", "txt", "sentence", "sentences", "description", "prompt"),
     "label": ("label", "labels", "cls", "class", "fine_label", "target", "category"),
+    "audio": ("audio", "wav", "flac", "mp3", "ogg", "speech", "recording", "audio_path"),
+    "question": ("question", "questions", "query"),
+    "answers": ("answers", "answer", "multiple_choice_answer"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
 }
+"""For each role the names that its column commonly has."""
 
 
 def guess_columns(names: Sequence[str]) -> dict[str, str]:
@@ -239,10 +274,11 @@ def guess_columns(names: Sequence[str]) -> dict[str, str]:
 
 
 def undecoded(data: datasets.Dataset, columns: Mapping[str, str]) -> tuple[datasets.Dataset, list[str] | None]:
-    """A data set whose pictures stay bytes until asked for, so that one bad file does not stop a scan; and its classes."""
-    image = columns.get("image")
-    if image is not None and isinstance(data.features.get(image), datasets.Image):
-        data = data.cast_column(image, datasets.Image(decode=False))
+    """A data set whose media stay bytes until asked for, so that one bad file does not stop a scan; and its classes."""
+    for kind, feature in (("image", datasets.Image), ("audio", datasets.Audio)):
+        column = columns.get(kind)
+        if column is not None and isinstance(data.features.get(column), feature):
+            data = data.cast_column(column, feature(decode=False))
     label = columns.get("label")
     feature = data.features.get(label) if label is not None else None
     if isinstance(feature, datasets.ClassLabel):

@@ -1,4 +1,4 @@
-"""Pictures that are in training and in evaluation data: exact duplicates by their bytes or pixels."""
+"""Pictures and recordings that are in training and in evaluation data: exact duplicates by their bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import datasets
 from mmcompress.data.examples import Examples
 
 
-def shared_pictures(train: Examples, test: Examples) -> int:
-    """How many evaluation pictures are, byte for byte, among the training pictures.
+def shared_media(train: Examples, test: Examples) -> int:
+    """How many evaluation pictures or recordings are, byte for byte, among the training ones.
 
-    Bundled data is made without overlap and is not looked through. Pictures are compared as they are stored, without decoding.
+    Bundled data is made without overlap and is not looked through. They are compared as they are stored, without decoding.
     """
     if not isinstance(train.rows, datasets.Dataset) or not isinstance(test.rows, datasets.Dataset):
         return 0
@@ -23,7 +23,7 @@ def shared_pictures(train: Examples, test: Examples) -> int:
 
 
 def _hashes(examples: Examples) -> list[bytes]:
-    values = cast(datasets.Dataset, examples.rows)[examples.columns["image"]]
+    values = cast(datasets.Dataset, examples.rows)[examples.columns[examples.kind]]
     return [hashlib.blake2b(_bytes(value, examples), digest_size=16).digest() for value in values]
 
 

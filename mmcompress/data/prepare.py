@@ -1,14 +1,16 @@
-"""Pictures as the model's input arrays, prepared once and kept while they fit.
+"""Pictures and recordings as the model's input arrays, prepared once and kept while they fit.
 
-Shapes: N pictures of a block, C x H x W of one.
+Shapes: N examples of a block.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import torch
 
 from mmcompress.data.examples import Examples
 from mmcompress.errors import DataError
@@ -16,8 +18,9 @@ from mmcompress.processor import Processor
 
 BLOCK = 64
 KEEP_BYTES = 1_500_000_000
+Block = tuple[np.ndarray, dict[str, np.ndarray]]
 
-_kept: weakref.WeakKeyDictionary[Examples, list[tuple[np.ndarray, np.ndarray]]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Examples, list[Block]] = weakref.WeakKeyDictionary()
 
 
 class _Prepared:
@@ -27,45 +30,61 @@ class _Prepared:
         """How many blocks there are."""
         return -(-len(examples) // BLOCK)
 
-    def __call__(self, examples: Examples, processor: Processor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of ``(indices (N,), pixel_values (N, C, H, W))`` in the order of the examples.
+    def __call__(self, examples: Examples, processor: Processor) -> Iterator[Block]:
+        """Blocks of indices (N,) and the media's arrays by name, (N, ...) each, in the order of the examples.
 
         The same examples are scored once for every step and runtime, and decoding costs more than a small model: the blocks
-        are kept for the next time when all of them fit into 1.5 GB. Pictures that do not decode are left out where the
-        examples allow it.
+        are kept for the next time when all of them fit into 1.5 GB. What does not decode is left out where the examples allow
+        it.
 
         Raises:
-            DataError: a picture does not decode and may not be skipped, or none decodes.
+            DataError: a picture or recording does not decode and may not be skipped, or none decodes.
         """
         if examples in _kept:
             yield from _kept[examples]
             return
-        blocks: list[tuple[np.ndarray, np.ndarray]] = []
+        blocks: list[Block] = []
         keep, good = True, 0
         for start in range(0, len(examples), BLOCK):
             block = self._block(examples, processor, range(start, min(start + BLOCK, len(examples))))
             good += len(block[0])
-            keep = keep and (len(block[0]) == 0 or len(examples) * block[1][0].nbytes <= KEEP_BYTES)
+            own = sum(values.nbytes for values in block[1].values())
+            keep = keep and (len(block[0]) == 0 or len(examples) * own <= KEEP_BYTES * len(block[0]))
             if keep:
                 blocks.append(block)
             yield block
         if not good:
-            raise DataError(f"{examples.name}: not one picture decodes")
+            raise DataError(f"{examples.name}: not one {WORDS[examples.kind]} decodes")
         if keep:
             _kept[examples] = blocks
 
-    def _block(self, examples: Examples, processor: Processor, indices: range) -> tuple[np.ndarray, np.ndarray]:
-        kept, images = [], []
+    def _block(self, examples: Examples, processor: Processor, indices: range) -> Block:
+        kept, items = [], []
         for i in indices:
             try:
-                images.append(examples.image(i))
+                items.append(examples.media(i))
                 kept.append(i)
             except DataError:
                 if not examples.skip_damaged:
                     raise
         if not kept:
-            return np.zeros(0, dtype=np.int64), np.zeros((0,), dtype=np.float32)
-        return np.asarray(kept, dtype=np.int64), processor.pixels(images).numpy().astype(np.float32)
+            return np.zeros(0, dtype=np.int64), {}
+        stacked = processor.stack(processor.media(examples.kind, items))
+        return np.asarray(kept, dtype=np.int64), {name: values.numpy() for name, values in stacked.items()}
 
+
+def prepared_rows(examples: Examples, indices: np.ndarray, media: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The rows of a block, each with its prepared media as ``inputs``: what a task's ``collate`` takes."""
+    return [
+        {
+            **examples.without_media(int(index)),
+            "inputs": {name: torch.from_numpy(values[i]) for name, values in media.items()},
+        }
+        for i, index in enumerate(indices)
+    ]
+
+
+WORDS = {"image": "picture", "audio": "recording"}
+"""What messages call the media."""
 
 prepared = _Prepared()

@@ -159,7 +159,11 @@ class Shapes(Sequence[dict[str, Any]]):
 
     def scene(self, index: int) -> str:
         """The scene id of a row, without rendering its picture."""
-        return self._draw(index)[0].id
+        return self.scene_of(index).id
+
+    def scene_of(self, index: int) -> Scene:
+        """The scene of a row, without rendering its picture."""
+        return self._draw(index)[0]
 
     def _draw(self, index: int) -> tuple[Scene, random.Random]:
         """The row's scene, and the generator that everything else about the row is drawn from."""
@@ -170,13 +174,14 @@ class Shapes(Sequence[dict[str, Any]]):
         return self._scenes[int(rng.random() * len(self._scenes))], rng
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """The words with the indefinite article that fits."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _caption(scene: Scene, rng: random.Random) -> str:
     """One of six forms; about one caption in six names the main object only."""
-    main, second = _article(str(scene.main)), _article(str(scene.second))
+    main, second = article(str(scene.main)), article(str(scene.second))
     draw = rng.random()
     if draw < 0.40:
         return f"{main} {scene.relation} {second}"
@@ -185,8 +190,20 @@ def _caption(scene: Scene, rng: random.Random) -> str:
     if draw < 0.75:
         return f"{main} with {second} {INVERSE[scene.relation]}"
     if draw < 0.85:
-        return f"{_article(scene.main.kind)} {scene.relation} {_article(scene.second.kind)}"
-    return main if draw < 0.93 else f"{_article(scene.main.kind)} with a black outline"
+        return f"{article(scene.main.kind)} {scene.relation} {article(scene.second.kind)}"
+    return main if draw < 0.93 else f"{article(scene.main.kind)} with a black outline"
+
+
+def captions(scene: Scene) -> list[str]:
+    """All forms that a caption of both objects takes, and the one of the main object alone."""
+    main, second = article(str(scene.main)), article(str(scene.second))
+    return [
+        f"{main} {scene.relation} {second}",
+        f"a picture of {main} {scene.relation} {second}",
+        f"{main} with {second} {INVERSE[scene.relation]}",
+        f"{article(scene.main.kind)} {scene.relation} {article(scene.second.kind)}",
+        main,
+    ]
 
 
 def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:

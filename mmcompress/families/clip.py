@@ -60,6 +60,8 @@ class Clip(Family):
         }
     )
     stock_axes = ("ffn", "depth", "width")
+    abilities = frozenset({"image", "embeddings"})
+    media = MappingProxyType({"image": ("pixel_values",)})
 
     def model_class(self) -> type[PreTrainedModel]:
         return cast(type[PreTrainedModel], CLIPModel)

@@ -10,11 +10,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from mmcompress.errors import UnavailableError
+from mmcompress.families.base import Call, Family
 from mmcompress.measure.statistics import median_interval
 from mmcompress.politeness import environment_for_timing
 from mmcompress.report.schema import Latency
@@ -36,6 +40,8 @@ def measure(
     batch_sizes: list[int],
     threads: int,
     seconds: float,
+    family: Family,
+    module: PreTrainedModel,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Times a saved model in a fresh process.
@@ -43,6 +49,8 @@ def measure(
     Args:
         folder: a model folder (torch) or one with ONNX components.
         runtime: ``torch`` or ``onnxruntime``.
+        family: says what is called how often for one batch, with which inputs.
+        module: the model that is in the folder, or one of its shapes without weights.
         seconds: time spent on each figure; at least 20 calls are made.
 
     Returns:
@@ -60,7 +68,10 @@ def measure(
         "seconds": seconds,
         "device": device,
     }
-    raw = _in_a_process(job, threads)
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        # The inputs are made here: only a family knows them, and the process must not load torch to time ONNX Runtime.
+        job["calls"] = {str(size): _write_calls(family.calls(module, size), Path(scratch) / str(size)) for size in batch_sizes}
+        raw = _in_a_process(job, threads)
     return {
         "latency_ms": {b: summarize(t) for b, t in raw["together"].items()},
         "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
@@ -68,6 +79,17 @@ def measure(
         "load_seconds": raw["load_seconds"],
         "busy_cores": raw["busy_cores"],
     }
+
+
+def _write_calls(calls: list[Call], folder: Path) -> list[dict[str, Any]]:
+    """The calls of one batch as data: component, times, and the file that holds the inputs."""
+    folder.mkdir()
+    found = []
+    for i, call in enumerate(calls):
+        path = folder / f"{i}.safetensors"
+        save_file({name: values.contiguous().clone() for name, values in call.inputs.items()}, path)
+        found.append({"component": call.component, "times": call.times, "inputs": str(path)})
+    return found
 
 
 def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:

@@ -1,45 +1,108 @@
-"""Scores of an evaluation to numbers with intervals, alone and against the baseline."""
+"""Scores of an evaluation to numbers with intervals, alone and against the baseline.
+
+Shapes: N examples, K statistics of an example.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mmcompress.measure.statistics import difference_interval, mean_interval
+from mmcompress.measure.statistics import (
+    Value,
+    corpus_difference_interval,
+    corpus_interval,
+    difference_interval,
+    mean_interval,
+    ratio,
+    ratio_statistics,
+)
 from mmcompress.report.schema import Change, ClassScore, Quality
-from mmcompress.tasks.base import Scores
+from mmcompress.tasks.base import CorpusMetric, Scores
 
 
 def qualities(scores: Scores) -> dict[str, Quality]:
     """Each metric with its 95% interval and n."""
     found = {}
     for metric, values in scores.per_example.items():
-        low, high = mean_interval(values)
-        found[metric] = Quality(value=float(values.mean()), low=low, high=high, n=len(values))
+        weights = scores.weights.get(metric)
+        low, high = mean_interval(values, weights=weights, clusters=scores.clusters)
+        found[metric] = Quality(value=_mean(values, weights), low=low, high=high, n=len(values))
+    for metric, corpus in scores.corpus.items():
+        value = _function(corpus, metric)
+        low, high = corpus_interval(corpus.statistics, value, clusters=scores.clusters)
+        found[metric] = Quality(value=_whole(corpus.statistics, value), low=low, high=high, n=len(corpus.statistics))
     return found
 
 
-def changes(scores: Scores, baseline: Scores) -> dict[str, Change]:
-    """Each metric's paired difference to the baseline; metrics whose examples do not match are left out."""
+def changes(scores: Scores, baseline: Scores, lower_is_better: Collection[str] = ()) -> dict[str, Change]:
+    """Each metric's paired difference to the baseline; metrics whose examples do not match are left out.
+
+    Args:
+        lower_is_better: metrics that count mistakes: there a fall is an improvement.
+    """
+    ours, theirs = scores.kept, baseline.kept
+    if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
+        return {}
     found = {}
     for metric, new in scores.per_example.items():
         old = baseline.per_example.get(metric)
         if old is None or old.shape != new.shape:
             continue
-        low, high = difference_interval(new, old)
-        lost, won = int((new < old).sum()), int((new > old).sum())
-        ours, theirs = scores.answers, baseline.answers
-        same_answers = ours is None or (theirs is not None and np.array_equal(ours, theirs))
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-        if lost == won == 0 and same_answers:
-            verdict = "identical"
-        found[metric] = Change(
-            difference=float(new.mean() - old.mean()), low=low, high=high, n=len(new), lost=lost, won=won, verdict=verdict
-        )
+        one, two = scores.weights.get(metric), baseline.weights.get(metric)
+        weights = None if one is None or two is None else (one, two)
+        interval = difference_interval(new, old, weights=weights, clusters=scores.clusters)
+        difference = _mean(new, one) - _mean(old, two)
+        found[metric] = _change(difference, interval, new, old, metric in lower_is_better, _same(scores, baseline))
+    for metric, corpus in scores.corpus.items():
+        before = baseline.corpus.get(metric)
+        if before is None or before.statistics.shape != corpus.statistics.shape:
+            continue
+        value = _function(corpus, metric)
+        a, b = corpus.statistics, before.statistics
+        interval = corpus_difference_interval(a, b, value, clusters=scores.clusters)
+        difference = _whole(a, value) - _whole(b, value)
+        # An example is won where the metric over it alone is better.
+        found[metric] = _change(difference, interval, value(a), value(b), metric in lower_is_better, _same(scores, baseline))
     return found
+
+
+def _change(
+    difference: float, interval: tuple[float, float], new: np.ndarray, old: np.ndarray, lower: bool, same: bool
+) -> Change:
+    up, down = int((new > old).sum()), int((new < old).sum())
+    won, lost = (down, up) if lower else (up, down)
+    low, high = interval
+    better, worse = (high < 0, low > 0) if lower else (low > 0, high < 0)
+    verdict: Literal["better", "worse", "no clear difference", "identical"] = "no clear difference"
+    if lost == won == 0 and difference == 0 and same:
+        verdict = "identical"
+    elif better or worse:
+        verdict = "better" if better else "worse"
+    return Change(difference=difference, low=low, high=high, n=len(new), lost=lost, won=won, verdict=verdict)
+
+
+def _same(scores: Scores, baseline: Scores) -> bool:
+    """Whether all answers are the same, where the task has answers."""
+    return scores.answers is None or (baseline.answers is not None and np.array_equal(scores.answers, baseline.answers))
+
+
+def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
+    return float(values.mean()) if weights is None else _whole(ratio_statistics(values, weights), ratio)
+
+
+def _whole(statistics: np.ndarray, value: Value) -> float:
+    return float(value(statistics.sum(axis=0, keepdims=True))[0])
+
+
+def _function(corpus: CorpusMetric, metric: str) -> Value:
+    if corpus.value is None:
+        raise ValueError(f"{metric}: these scores were read from a file, which holds the numbers and not the formula")
+    return corpus.value
 
 
 def class_scores(scores: Scores) -> dict[str, ClassScore]:
@@ -50,15 +113,26 @@ def class_scores(scores: Scores) -> dict[str, ClassScore]:
 def save_scores(scores: Scores, path: Path) -> None:
     """Writes the example-by-example values as safetensors, so that a resumed run compares the same examples."""
     arrays: dict[str, Any] = {f"metric.{name}": values for name, values in scores.per_example.items()}
-    if scores.answers is not None:
-        arrays["answers"] = np.ascontiguousarray(scores.answers)
-    if scores.kept is not None:
-        arrays["kept"] = np.ascontiguousarray(scores.kept)
-    save_file(arrays, path)
+    arrays |= {f"weight.{name}": values for name, values in scores.weights.items()}
+    arrays |= {f"corpus.{name}": corpus.statistics for name, corpus in scores.corpus.items()}
+    arrays |= {name: values for name in ("answers", "kept") if (values := getattr(scores, name)) is not None}
+    if scores.clusters is not None:
+        arrays["clusters"] = np.unique(scores.clusters, return_inverse=True)[1]  # names of speakers are no numbers
+    save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path)
 
 
 def load_scores(path: Path) -> Scores:
-    """What ``save_scores`` wrote; the classes' scores live in the report's row."""
+    """What ``save_scores`` wrote: the classes' scores live in the report's row, and a corpus metric's formula in its task."""
     arrays = load_file(path)
-    metrics = {name.removeprefix("metric."): values for name, values in arrays.items() if name.startswith("metric.")}
-    return Scores(per_example=metrics, answers=arrays.get("answers"), kept=arrays.get("kept"))
+
+    def named(kind: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(kind): values for name, values in arrays.items() if name.startswith(kind)}
+
+    return Scores(
+        per_example=named("metric."),
+        weights=named("weight."),
+        corpus={name: CorpusMetric(statistics) for name, statistics in named("corpus.").items()},
+        answers=arrays.get("answers"),
+        kept=arrays.get("kept"),
+        clusters=arrays.get("clusters"),
+    )

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mmcompress.data.examples import Examples
-from mmcompress.data.prepare import prepared
+from mmcompress.data.prepare import WORDS, prepared, prepared_rows
 from mmcompress.errors import DataError, ModelError
 from mmcompress.measure import latency, quality, size
 from mmcompress.model import CompressedModel
@@ -46,7 +45,7 @@ class Meter:
     def torch_row(self, model: CompressedModel, folder: Path, step: str) -> Row:
         """Measures a saved model in torch."""
         flops = size.flops_by_component(model)
-        timed = self._time(folder, "torch", self.settings.device)
+        timed = self._time(model, folder, "torch", self.settings.device)
         parts = model.family.components(model.module)
         tower_of = {name: part.tower for name, part in parts.items()}
         parameters, disk = size.parameters_by_tower(model), size.torch_bytes_by_tower(model)
@@ -69,11 +68,13 @@ class Meter:
     def onnx_row(self, model: CompressedModel, folder: Path, step: str, precision: str) -> Row:
         """Measures ONNX components that were made from a model, and compares them with it on real examples."""
         flops = size.flops_by_component(model)
-        timed = self._time(folder, "onnxruntime", "cpu")
+        timed = self._time(model, folder, "onnxruntime", "cpu")
         files = size.onnx_bytes(folder)
         tower_of = {name: part.tower for name, part in model.family.components(model.module).items()}
         parameters = size.parameters_by_tower(model)
-        disk = {tower_of[name]: found for name, found in files.items()}
+        disk: dict[str, int] = {}
+        for name, found in files.items():
+            disk[tower_of[name]] = disk.get(tower_of[name], 0) + found
         predict = OnnxPredict(folder, self.settings.threads)
         row = Row(
             step=step,
@@ -94,7 +95,7 @@ class Meter:
         self._score(row, predict, model)
         return row
 
-    def _time(self, folder: Path, runtime: str, device: str) -> dict[str, Any]:
+    def _time(self, model: CompressedModel, folder: Path, runtime: str, device: str) -> dict[str, Any]:
         settings = self.settings
         self.reporter.note(f"timing {runtime}")
         return latency.measure(
@@ -103,6 +104,8 @@ class Meter:
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
             seconds=settings.seconds,
+            family=model.family,
+            module=model.module,
             device=device,
         )
 
@@ -112,9 +115,10 @@ class Meter:
         row.quality = quality.qualities(scores)
         row.classes = quality.class_scores(scores)
         if self.baseline is not None:
-            row.change = quality.changes(scores, self.baseline)
+            row.change = quality.changes(scores, self.baseline, self.task.lower_is_better)
         if scores.skipped:
-            row.notes.append(f"{scores.skipped} of {len(self.examples)} examples were skipped: their picture does not decode.")
+            what = WORDS[self.examples.kind]
+            row.notes.append(f"{scores.skipped} of {len(self.examples)} examples were skipped: their {what} does not decode.")
 
 
 def _components(
@@ -124,62 +128,71 @@ def _components(
     flops: dict[str, int],
     timed: dict[str, dict[str, Latency]],
 ) -> dict[str, ComponentRow]:
-    return {
-        tower: ComponentRow(
+    """A row for each tower; one with several components (a decoder with its embedding table) has the sum of their FLOPs, and of
+    the component that takes longest the time.
+    """
+    found = {}
+    for tower in dict.fromkeys(tower_of.values()):
+        names = [name for name in tower_of if tower_of[name] == tower]
+        own = [timed[name] for name in names if name in timed]
+        found[tower] = ComponentRow(
             parameters=parameters.get(tower, 0),
             disk_bytes=disk.get(tower, 0),
-            flops=flops.get(name),
-            latency_ms=timed.get(name, {}),
+            flops=sum(flops[name] for name in names if name in flops) if any(name in flops for name in names) else None,
+            latency_ms=max(own, key=lambda t: next(iter(t.values())).p50) if own else {},
         )
-        for name, tower in tower_of.items()
-    }
+    return found
 
 
 def export_float(model: CompressedModel, folder: Path, reporter: Reporter) -> Path:
-    """Exports every component as ``<name>.onnx`` into a folder, with the config beside them."""
+    """Exports every component as ``<name>.onnx`` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = model.family.components(model.module)
-    example = model.family.example_batch(model.module.config, 2)
     for name, part in reporter.track(parts.items(), "exporting to ONNX", len(parts)):
-        export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx")
-    model.module.config.save_pretrained(folder)
+        export_component(part, model.family.example_inputs(model.module.config, part, 2), folder / f"{name}.onnx")
     return folder
 
 
 def parity(model: CompressedModel, predict: Predict, task: Task, examples: Examples) -> dict[str, Parity]:
-    """Compares components with torch on real examples: the first pictures of the data, and the texts that go with them."""
-    inputs = real_inputs(model, task, examples)
+    """Compares components with torch on real examples: the first of the data, and the texts that go with them.
+
+    Every component is given torch's own outputs of the components before it, so that its own difference is seen. A decoder is
+    compared over whole texts and with a cache.
+    """
     reference = TorchPredict(model)
-    found = {}
-    for name, part in model.family.components(model.module).items():
-        if not all(i in inputs for i in part.inputs):
-            continue
-        given = {i: inputs[i] for i in part.inputs}
+    batch = real_inputs(model, task, examples)
+    found: dict[str, Parity] = {}
+    for name, given in model.family.walk(reference, batch, model.module):
         ours, theirs = reference(name, given), predict(name, given)
         gaps, cosines = [], []
-        for output in part.outputs:
+        for output in ours:
+            # Without rows there is nothing to compare: what a decoder gives again of an encoder it was not asked about.
+            if not ours[output].size:
+                continue
             a, b = ours[output].astype(np.float64), theirs[output].astype(np.float64)
             gaps.append(float(np.abs(a - b).max()))
             norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-            cosines.append(float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).min()))
-        found[name] = Parity(max_abs_difference=max(gaps), min_cosine=min(cosines), n=len(next(iter(given.values()))))
+            cosines.append(float(np.where(norms > 1e-12, (a * b).sum(-1) / np.maximum(norms, 1e-12), 1.0).min()))
+        new = Parity(max_abs_difference=max(gaps), min_cosine=min(cosines), n=len(next(iter(given.values()))))
+        old = found.get(name, new)
+        found[name] = Parity(
+            max_abs_difference=max(old.max_abs_difference, new.max_abs_difference),
+            min_cosine=min(old.min_cosine, new.min_cosine),
+            n=new.n,
+        )
     return found
 
 
 def real_inputs(model: CompressedModel, task: Task, examples: Examples) -> dict[str, np.ndarray]:
-    """Inputs of all components from the first examples.
+    """A batch of the first examples, as the family's ``forward`` takes it.
 
     Raises:
-        DataError: none of the first pictures decodes.
+        DataError: none of the first ones decodes.
     """
-    indices, pixels = next((b for b in prepared(examples, model.processor) if len(b[0])), (np.zeros(0), np.zeros(0)))
-    if not len(indices):
-        raise DataError(f"{examples.name}: no picture decodes")
-    chosen = indices[:PARITY_EXAMPLES]
-    rows = [{**examples.without_image(int(i)), "pixel_values": None} for i in chosen]
-    for row, values in zip(rows, pixels, strict=False):
-        row["pixel_values"] = torch.from_numpy(values)
-    batch = task.collate(rows, model.processor, examples, 0)
+    block = next((b for b in prepared(examples, model.processor) if len(b[0])), None)
+    if block is None:
+        raise DataError(f"{examples.name}: nothing decodes")
+    batch = task.collate(prepared_rows(examples, *block)[:PARITY_EXAMPLES], model.processor, examples, 0)
     return {name: value.numpy() for name, value in batch.items() if name != "target"}
 
 

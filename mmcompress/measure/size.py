@@ -38,18 +38,20 @@ def onnx_bytes(folder: Path) -> dict[str, int]:
 
 def flops_by_component(model: CompressedModel) -> dict[str, int]:
     """Floating point operations of one example, 2 for each multiply-add, counted by torch's own counter over matrix products,
-    convolutions and attention. Element-wise work is not counted, as is the custom.
+    convolutions and attention. Element-wise work is not counted, as is the custom. For families that write text, those of
+    `families.base.NEW_TOKENS` tokens of it.
     """
-    example = model.family.example_batch(model.module.config, 1)
-    found = {}
+    found: dict[str, int] = {}
     implementation = model.module.config._attn_implementation
     # The counter knows eager matrix products on every device; fused CPU attention kernels it may not.
     model.module.set_attn_implementation("eager")
     try:
-        for name, part in model.family.components(model.module).items():
+        parts = model.family.components(model.module)
+        for call in model.family.calls(model.module, 1):
+            part = parts[call.component]
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                part.module(*[example[i] for i in part.inputs])
-            found[name] = int(counter.get_total_flops())
+                part.module(*[call.inputs[i] for i in part.inputs])
+            found[part.name] = found.get(part.name, 0) + call.times * int(counter.get_total_flops())
     finally:
         model.module.set_attn_implementation(implementation)
     return found

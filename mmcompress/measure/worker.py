@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 WARM_UP = 5
@@ -23,47 +22,32 @@ LEAST_CALLS = 20
 MOST_CALLS = 5_000
 
 
-def example_arrays(config: dict[str, Any], inputs: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """Inputs of an ONNX component by what its graph asks for: pictures from the config's size, tokens of 16 positions."""
-    rng = np.random.default_rng(0)
-    found: dict[str, np.ndarray] = {}
-    for name, shape in inputs.items():
-        if name == "pixel_values":
-            sizes = [batch, *(int(s) for s in shape[1:])]
-            found[name] = rng.standard_normal(sizes).astype(np.float32)
-        else:
-            text = config.get("text_config", config)
-            length = min(16, int(text.get("max_position_embeddings", 16)))
-            high = int(text.get("vocab_size", 2))
-            ids = rng.integers(0, high, (batch, length))
-            end = text.get("eos_token_id", 2)
-            ids[:, -1] = high - 1 if end == 2 or end is None else end
-            found[name] = ids if name == "input_ids" else np.ones((batch, length), dtype=np.int64)
-    return found
+Calls = list[tuple[str, int, Callable[[], Any]]]
+"""Component, how often it is called for one batch, and the call."""
 
 
-def onnx_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], Any]]]:
-    """Sessions are opened once; for each batch size a call for each component."""
+def onnx_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
+    """Sessions are opened once; for each batch size the calls that one batch costs."""
+    from safetensors.numpy import load_file
+
     from mmcompress.runtimes.onnx_predict import OnnxPredict  # torch-free
 
-    folder = Path(job["folder"])
-    predict = OnnxPredict(folder, job["threads"], own_process=__name__ == "__main__")
-    at = next((p for p in (folder / "config.json", folder.parent / "config.json") if p.exists()), None)
-    config = json.loads(at.read_text()) if at else {}
+    predict = OnnxPredict(Path(job["folder"]), job["threads"], own_process=__name__ == "__main__")
 
-    def calls(batch: int) -> dict[str, Callable[[], Any]]:
-        found: dict[str, Callable[[], Any]] = {}
-        for name, session in predict.sessions.items():
-            arrays = example_arrays(config, {i.name: i.shape for i in session.get_inputs()}, batch)
-            found[name] = partial(predict, name, arrays)
+    def calls(batch: int) -> Calls:
+        found: Calls = []
+        for one in job["calls"][str(batch)]:
+            arrays = load_file(one["inputs"])
+            found.append((one["component"], one["times"], partial(predict, one["component"], arrays)))
         return found
 
     return calls
 
 
-def torch_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], Any]]]:
-    """The model is loaded once; for each batch size a call for each component."""
+def torch_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
+    """The model is loaded once; for each batch size the calls that one batch costs."""
     import torch
+    from safetensors.torch import load_file
 
     from mmcompress.model import load
     from mmcompress.training.device import pick_device
@@ -71,8 +55,7 @@ def torch_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], A
     torch.set_num_threads(job["threads"])
     device = pick_device(job["device"])
     model = load(job["folder"])
-    module = model.module.to(device).eval()
-    parts = model.family.components(module)
+    parts = model.family.components(model.module.to(device).eval())
 
     def call(name: str, inputs: list[torch.Tensor]) -> Any:
         with torch.inference_mode():
@@ -83,9 +66,13 @@ def torch_calls(job: dict[str, Any]) -> Callable[[int], dict[str, Callable[[], A
                 torch.mps.synchronize()
         return found
 
-    def calls(batch: int) -> dict[str, Callable[[], Any]]:
-        example = {k: v.to(device) for k, v in model.family.example_batch(module.config, batch).items()}
-        return {name: partial(call, name, [example[i] for i in part.inputs]) for name, part in parts.items()}
+    def calls(batch: int) -> Calls:
+        found: Calls = []
+        for one in job["calls"][str(batch)]:
+            tensors = load_file(one["inputs"])
+            inputs = [tensors[i].to(device) for i in parts[one["component"]].inputs]
+            found.append((one["component"], one["times"], partial(call, one["component"], inputs)))
+        return found
 
     return calls
 
@@ -102,6 +89,13 @@ def timed(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
+def run_all(calls: Calls) -> None:
+    """Every call as often as one batch needs it."""
+    for _, times, call in calls:
+        for _ in range(times):
+            call()
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Times one model: all components together, and each by itself, at each batch size."""
     start = time.perf_counter()
@@ -112,14 +106,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     figures: list[tuple[list[float], Callable[[], Any], float]] = []
     for batch in job["batch_sizes"]:
         calls = make(batch)
-
-        def all_of(calls: dict[str, Callable[[], Any]] = calls) -> None:
-            for call in calls.values():
-                call()
-
-        figures.append((together.setdefault(str(batch), []), all_of, job["seconds"]))
-        for name, call in calls.items():
-            figures.append((components.setdefault(name, {}).setdefault(str(batch), []), call, job["seconds"] / 2))
+        figures.append((together.setdefault(str(batch), []), partial(run_all, calls), job["seconds"]))
+        for name in dict.fromkeys(name for name, _, _ in calls):
+            own = [call for call in calls if call[0] == name]
+            figures.append(
+                (components.setdefault(name, {}).setdefault(str(batch), []), partial(run_all, own), job["seconds"] / 2)
+            )
     for _, call, _ in figures:
         for _ in range(WARM_UP):
             call()

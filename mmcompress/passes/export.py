@@ -29,9 +29,16 @@ class Export(Pass):
         False, description="Also write the float32 component where a quantized one already exists, for clients that want both."
     )
 
+    combined: bool = Field(
+        True,
+        description="Also write both components of a dual encoder as one file, `model.onnx` (`model_quantized.onnx`), which "
+        "zero-shot pipelines open. It holds the weights a second time.",
+    )
+
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Exports what is missing, then measures each component's difference to torch on calibration or training examples."""
         from mmcompress.measure.rows import check_float_parity, parity  # needs torch
+        from mmcompress.quantization.combine import combine_components
         from mmcompress.quantization.onnx_export import export_component
         from mmcompress.runtimes.onnx_predict import OnnxPredict
 
@@ -42,12 +49,15 @@ class Export(Pass):
         if model.onnx is not None and model.onnx.resolve() != folder.resolve():
             shutil.copytree(model.onnx, folder, dirs_exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        example = model.family.example_batch(model.module.config, 2)
         parts = model.family.components(model.module)
         for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
             quantized = (folder / f"{name}_quantized.onnx").exists()
             if not (folder / f"{name}.onnx").exists() and (self.keep_float or not quantized):
-                export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx", opset=self.opset)
+                example = model.family.example_inputs(model.module.config, part, 2)
+                export_component(part, example, folder / f"{name}.onnx", opset=self.opset)
+        combined = model.family.combined(model.module) if self.combined else None
+        if combined is not None:
+            combine_components(combined, folder)
         new.onnx = folder
         result: dict[str, Any] = {"files": {p.name: p.stat().st_size for p in sorted(folder.glob("*.onnx"))}}
         examples = context.calibration if context.calibration is not None else context.train

@@ -14,6 +14,7 @@ from mmcompress.passes.base import Pass
 from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from mmcompress.model import CompressedModel
@@ -95,7 +96,7 @@ class Qat(DistillationSettings, Pass):
 
         device = pick_device(self.device if self.device != "auto" else context.device)
         task, examples = context.need_task("qat"), context.need_calibration("qat")
-        examples.need(task.roles, task.type)
+        examples.need(task.roles, task.type, task.optional)
         feed = Feed(examples, model.processor, task, self.batch_size, context.seed, self.workers)
         fake.set_fake_quant(model.module, False)
         model.module.to(device)
@@ -119,31 +120,36 @@ class Qat(DistillationSettings, Pass):
         from mmcompress.quantization import fake
         from mmcompress.quantization.onnx_export import export_component
         from mmcompress.runtimes.onnx_predict import open_session
+        from mmcompress.runtimes.torch_predict import TorchPredict
 
         found: dict[str, Any] = {}
-        example = model.family.example_batch(model.module.config, 2)
-        for name, part in model.family.components(model.module).items():
-            inputs = [batch[i] for i in part.inputs]
+        parts = model.family.components(model.module)
+        arrays = {name: values.numpy() for name, values in batch.items()}
+        real: dict[str, dict[str, np.ndarray]] = {}
+        for name, given in model.family.walk(TorchPredict(model), arrays, model.module):
+            real.setdefault(name, given)
+        for name, part in parts.items():
+            example = model.family.example_inputs(model.module.config, part, 2)
             if not any(isinstance(layer, fake.FakeQuantLinear) for layer in part.module.modules()):
-                # All of its layers are excluded: the float file takes its place in the folder.
-                export_component(part, {i: example[i] for i in part.inputs}, folder / f"{name}.onnx")
+                # It has no such layers, or all are excluded: the float file takes its place in the folder.
+                export_component(part, example, folder / f"{name}.onnx")
                 found[name] = {}
                 continue
+            path = folder / f"{name}_quantized.onnx"
+            fake.export_qdq(part, example, path)
+            inputs = [torch.from_numpy(real[name][i]) for i in part.inputs]
             with torch.no_grad():
                 rounded = part.module(*inputs)[0]
                 fake.set_fake_quant(part.module, False)
                 plain = part.module(*inputs)[0]
                 fake.set_fake_quant(part.module, True)
-            path = folder / f"{name}_quantized.onnx"
-            fake.export_qdq(part, {i: example[i] for i in part.inputs}, path)
-            given = {i: batch[i].numpy() for i in part.inputs}
-            exported = torch.from_numpy(open_session(path).run(list(part.outputs), given)[0])
+            exported = torch.from_numpy(open_session(path).run(list(part.outputs), real[name])[0])
             found[name] = {"onnx_to_fake": distance(exported, rounded), "fake_to_float": distance(rounded, plain)}
         return found
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
-    """How far embeddings (N, D) are from others: the least cosine of a row, and the largest difference of a number."""
+    """How far outputs (..., D) are from others: the least cosine of a row, and the largest difference of a number."""
     import torch
 
     cosine = torch.nn.functional.cosine_similarity(ours.float(), theirs.float(), dim=-1)

@@ -27,7 +27,8 @@ class Quantize(Pass):
     name: Literal["quantize"] = Field("quantize", alias="pass", description="The pass's name.")
     scheme: Literal["int8-static", "int8-dynamic"] = Field(
         "int8-static",
-        description="int8-static: ranges from calibration examples, QDQ nodes. int8-dynamic: ranges at run time, needs no data.",
+        description="int8-static: ranges from calibration examples, QDQ nodes; decoders, which are called once a token, have "
+        "ranges at run time all the same. int8-dynamic: ranges at run time, needs no data.",
     )
     samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static (8 to 100000).")
     exclude: list[str] = Field(
@@ -48,18 +49,18 @@ class Quantize(Pass):
         folder, scratch = Path(context.workdir) / "onnx", Path(context.workdir) / "float"
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
-        example = model.family.example_batch(model.module.config, 2)
         result: dict[str, Any] = {}
         parts = model.family.components(model.module)
         for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
             source, target = scratch / f"{name}.onnx", folder / f"{name}_quantized.onnx"
-            export_component(part, {i: example[i] for i in part.inputs}, source)
-            if self.scheme == "int8-dynamic":
+            export_component(part, model.family.example_inputs(model.module.config, part, 2), source)
+            dynamic = self.scheme == "int8-dynamic" or part.decoder
+            if dynamic:
                 found = quantize_dynamic_int8(source, target, exclude=self.exclude)
             else:
-                found = quantize_static_int8(source, target, self._calibration(model, context, part.inputs), exclude=self.exclude)
+                found = quantize_static_int8(source, target, self._calibration(model, context, name), exclude=self.exclude)
             source.unlink()
-            result[name] = asdict(found)
+            result[name] = {"ranges": "at run time" if dynamic else "from calibration", **asdict(found)}
         for pattern in self.exclude:
             # Each component is quantized by itself: only a pattern that no component knows is a mistake.
             if all(pattern in one["unmatched_exclude"] for one in result.values()):
@@ -67,25 +68,29 @@ class Quantize(Pass):
         new.onnx = folder
         return new, {"components": result}
 
-    def _calibration(self, model: CompressedModel, context: Context, inputs: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
-        """Real pairs in blocks, as one component's inputs; one block is in memory at a time."""
+    def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
+        """Real examples in blocks, as one component's inputs; one block is in memory at a time."""
         import torch
 
-        from mmcompress.data.prepare import prepared
+        from mmcompress.data.prepare import prepared, prepared_rows
+        from mmcompress.runtimes.torch_predict import TorchPredict
 
         task = context.need_task("quantize")
+        task.fits(model.family.abilities, model.family.name)
         examples = context.need_calibration("quantize")
         if len(examples) > self.samples:
             chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(context.seed))[: self.samples]
             examples = examples.take(sorted(chosen.tolist()))
-        for draw, (indices, pixels) in enumerate(prepared(examples, model.processor)):
-            rows = [
-                {**examples.without_image(int(i)), "pixel_values": torch.from_numpy(values)}
-                for i, values in zip(indices, pixels, strict=True)
-            ]
-            if rows:
-                batch = task.collate(rows, model.processor, examples, draw)
-                yield {name: batch[name].numpy() for name in inputs}
+        predict = TorchPredict(model)
+        for draw, (indices, media) in enumerate(prepared(examples, model.processor)):
+            if not len(indices):
+                continue
+            rows = prepared_rows(examples, indices, media)
+            batch = {k: v.numpy() for k, v in task.collate(rows, model.processor, examples, draw).items()}
+            for name, given in model.family.walk(predict, batch, model.module):
+                if name == component:
+                    yield given
+                    break
 
 
 PASS = Quantize

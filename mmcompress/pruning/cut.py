@@ -10,7 +10,7 @@ Shapes: U units of a group, C = U * block channels of its root.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch_pruning as tp
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmcompress.errors import ModelError, TrainingError
-from mmcompress.families.base import Family, UnitGroup
+from mmcompress.families.base import Coupled, Family, UnitGroup
 from mmcompress.model import CompressedModel, reshape_like
 from mmcompress.pruning.criteria.base import Criterion, Probe
 from mmcompress.pruning.units import CoupledGroup, Shares, Slice, Tap
@@ -70,6 +70,8 @@ def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGrou
     Raises:
         ModelError: the graph found less than a whole dimension of some weight, so that a cut would go wrong.
     """
+    if group.explicit:
+        return _spelled_out(module, group)
     names = {id(p): name for name, p in module.named_parameters()}
     slices: dict[tuple[int, int], Slice] = {}
     readers: list[Tap] = []
@@ -88,11 +90,51 @@ def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGrou
                 slices.setdefault((id(parameter), dim), Slice(names[id(parameter)], parameter, dim, index, unit))
             if isinstance(target.module, nn.LayerNorm):
                 norms.append(Tap(target.module, "output", index, unit))
-            elif isinstance(target.module, nn.Linear) and item.dep.handler.__name__ == "prune_in_channels":
+            elif isinstance(target.module, (nn.Linear, nn.Conv2d)) and item.dep.handler.__name__ == "prune_in_channels":
                 readers.append(Tap(target.module, "input", index, unit))
     # On a residual stream every reader sits behind a LayerNorm, whose output it sees; q, k, v and fc1 would count it often.
     taps = {id(tap.module): tap for tap in norms or readers}
     return CoupledGroup(group, tuple(slices.values()), tuple(taps.values()))
+
+
+def _spelled_out(module: PreTrainedModel, group: UnitGroup) -> CoupledGroup:
+    """The same for a group whose family names all weights that are cut.
+
+    Raises:
+        ModelError: a weight does not have the channels that the family says.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    units = group.size // group.block
+    slices, taps = [], []
+    for part in group.explicit:
+        index = torch.arange(units * part.block)
+        unit = index // part.block
+        for parameter, dim in _explicit_parameters(part):
+            if parameter.shape[dim] != len(index):
+                raise ModelError(
+                    f"prune: {names[id(parameter)]} has {parameter.shape[dim]} channels, not {units} units of {part.block}"
+                )
+            slices.append(Slice(names[id(parameter)], parameter, dim, index, unit))
+        if part.dim == 1:
+            taps.append(Tap(part.module, "input", index, unit))
+    return CoupledGroup(group, tuple(slices), tuple(taps))
+
+
+def _explicit_parameters(part: Coupled) -> list[tuple[nn.Parameter, int]]:
+    weight, bias = part.module.weight, getattr(part.module, "bias", None)
+    found = [(weight, part.dim)] + ([(bias, 0)] if part.dim == 0 and bias is not None else [])
+    return cast(list[tuple[nn.Parameter, int]], found)
+
+
+def _cut_explicit(group: UnitGroup, keep: Sequence[int]) -> None:
+    """Cuts the weights that a family names; sizes that modules remember follow, as far as they are Linear's."""
+    for part in group.explicit:
+        channels = torch.tensor([u * part.block + i for u in keep for i in range(part.block)])
+        for parameter, dim in _explicit_parameters(part):
+            parameter.data = parameter.data.index_select(dim, channels).clone()
+            parameter.grad = None
+        if isinstance(part.module, nn.Linear):
+            part.module.out_features, part.module.in_features = part.module.weight.shape
 
 
 def _pruning_group(graph: Any, root: nn.Module, channels: Sequence[int]) -> Any:
@@ -108,7 +150,7 @@ def _cut_parameters(target: Any, how: str) -> list[tuple[torch.Tensor, int]]:
         if how == "prune_in_channels":
             return [(part.weight, 1)]
         return [(part.weight, 0)] + ([(part.bias, 0)] if part.bias is not None else [])
-    if isinstance(part, nn.LayerNorm):
+    if isinstance(part, (nn.LayerNorm, nn.BatchNorm2d)):
         return [(p, 0) for p in (part.weight, part.bias) if p is not None]
     if isinstance(part, nn.Embedding):
         return [(part.weight, 1)]
@@ -119,6 +161,9 @@ def _cut_parameters(target: Any, how: str) -> list[tuple[torch.Tensor, int]]:
 
 def cut_units(graph: Any, group: UnitGroup, keep: Sequence[int]) -> None:
     """Cuts all units but those in ``keep`` (unit numbers, not channels), and everything that goes with them."""
+    if group.explicit:
+        _cut_explicit(group, keep)
+        return
     kept = set(keep)
     drop = [u * group.block + i for u in range(group.size // group.block) if u not in kept for i in range(group.block)]
     for root in (group.root, *group.also):
@@ -164,10 +209,15 @@ def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, pr
         ModelError: the graph does not couple the units as they must be.
         TrainingError: a score is not a number.
     """
-    graphs = {tower: trace(model.family, model.module, tower) for tower in shares.towers()}
-    coupled: list[CoupledGroup] = []
-    for tower, graph in graphs.items():
-        coupled += [couple(graph, model.module, group) for group in _groups(model, tower, shares.axis)]
+    model.module.requires_grad_(True)
+    groups = {tower: _groups(model, tower, shares.axis) for tower in shares.towers()}
+    graphs = {
+        tower: trace(model.family, model.module, tower) if any(not g.explicit for g in own) else None
+        for tower, own in groups.items()
+    }
+    # Once more: tracing may put parts that can be cut in the place of stock ones.
+    groups = {tower: _groups(model, tower, shares.axis) for tower in graphs}
+    coupled = [couple(graphs[tower], model.module, group) for tower, own in groups.items() for group in own]
     model.module.to(probe.device)
     scores = criterion.unit_scores(coupled, probe)
     model.module.to("cpu")
@@ -189,8 +239,11 @@ def _choose(own: Sequence[tuple[UnitGroup, torch.Tensor]], tower: str, shares: S
     if shares.scope == "tower":
         total = shares.kept(tower, sum(len(s) for _, s in own))
         return choose_over_tower([s for _, s in own], total, shares.step)
-    if shares.axis != "width":
-        return [best(s, shares.kept(tower, len(s))) for _, s in own]
+    if shares.axis != "width" or own[0][0].axis != "heads":
+        # Where layers differ in size (the stages of a Swin tower, of a ResNet) one key sets all sizes: they are cut in proportion.
+        least = min(len(s) for _, s in own)
+        kept = shares.kept(tower, least)
+        return [best(s, kept * len(s) // least if len(s) % least == 0 else shares.kept(tower, len(s))) for _, s in own]
     size = own[0][0].block
     heads = shares.kept(tower, own[-1][0].size // size)
     return [best(s, heads if group.axis == "heads" else heads * size) for group, s in own]
@@ -219,9 +272,7 @@ def prune_layers(model: CompressedModel, shares: Shares, criterion: Criterion, p
     for tower, layers in stacks.items():
         own = _finite(scores[tower], f"the {tower} tower's layers", len(layers))
         kept[tower] = best(own, shares.kept(tower, len(layers)))
-        for i in reversed(range(len(layers))):
-            if i not in kept[tower]:
-                del layers[i]
+        model.family.drop_layers(model.module, tower, kept[tower])
     return kept
 
 
@@ -262,8 +313,9 @@ def _custom_config(family: Family, module: PreTrainedModel) -> PretrainedConfig:
     with torch.device("meta"):
         stock = family.model_class()(module.config)
     for tower in family.towers:
-        layers = family.layers(stock, tower)
-        del layers[len(family.layers(module, tower)) :]
+        if "depth" not in family.tower_axes(tower):
+            continue
+        family.drop_layers(stock, tower, range(len(family.layers(module, tower))))
     config = family.shrunk_config(stock)
     if config is None:
         raise ModelError(f"prune: the family {family.name} finds no config for its own stock module")
@@ -274,11 +326,13 @@ def sizes(model: CompressedModel) -> dict[str, dict[str, int | list[int]]]:
     """For each tower its sizes by axis, read from the module; a list of one number a layer where layers differ."""
     found: dict[str, dict[str, int | list[int]]] = {}
     for tower in model.family.towers:
-        found[tower] = {"depth": len(model.family.layers(model.module, tower))}
-        for axis in model.family.axes:
-            if axis != "depth":
-                units = [g.size // g.block for g in model.family.unit_groups(model.module, tower, axis)]
-                found[tower][axis] = units if len(set(units)) > 1 else units[0]
+        found[tower] = {}
+        for axis in model.family.tower_axes(tower):
+            if axis == "depth":
+                found[tower][axis] = len(model.family.layers(model.module, tower))
+                continue
+            units = [g.size // g.block for g in model.family.unit_groups(model.module, tower, axis)]
+            found[tower][axis] = units if len(set(units)) > 1 else units[0]
     return found
 
 

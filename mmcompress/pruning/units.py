@@ -21,7 +21,7 @@ Axis = Literal["ffn", "depth", "width", "heads"]
 Scope = Literal["layer", "tower"]
 Sizes = Mapping[str, Mapping[str, int]]
 
-UNIT_NAMES: Mapping[str, str] = {"ffn": "hidden units", "depth": "layers", "width": "heads", "heads": "heads"}
+UNIT_NAMES: Mapping[str, str] = {"ffn": "hidden units", "depth": "layers", "width": "channels", "heads": "heads"}
 
 
 def kept_count(size: int, ratio: float, step: int = 1) -> int:
@@ -56,10 +56,9 @@ class Shares:
         """What the count of kept units must be a multiple of."""
         return self.round_to if self.axis == "ffn" else 1
 
-    @property
-    def counted(self) -> str:
-        """The size that is counted: whole heads where the residual width follows them."""
-        return "heads" if self.axis == "width" else self.axis
+    def counted(self, own: Mapping[str, int]) -> str:
+        """Which of a tower's sizes is counted: whole heads where the residual width follows them."""
+        return "heads" if self.axis == "width" and "heads" in own else self.axis
 
     def towers(self) -> list[str]:
         """The towers that are cut."""
@@ -74,11 +73,12 @@ class Shares:
         after = {tower: dict(axes) for tower, axes in sizes.items()}
         for tower in self.towers():
             own = after.get(tower, {})
-            if self.counted not in own or self.axis not in own:
+            if self.axis not in own:
                 continue
-            old = own[self.counted]
-            own[self.counted] = self.kept(tower, old)
-            if self.axis == "width":
+            counted = self.counted(own)
+            old = own[counted]
+            own[counted] = self.kept(tower, old)
+            if self.axis == "width" and counted == "heads":
                 own["width"] = own["width"] // old * own["heads"]
         return after
 
@@ -88,14 +88,15 @@ class Shares:
         for tower in self.towers():
             if tower not in towers or tower not in sizes:
                 continue
-            if self.axis not in sizes[tower] or self.counted not in sizes[tower]:
+            if self.axis not in sizes[tower]:
                 found.append(f"axis: {self.axis} cannot be cut in the {tower} tower; it has: {', '.join(sizes[tower])}")
                 continue
-            found.extend(self._rounding(tower, sizes[tower][self.counted]))
+            counted = self.counted(sizes[tower])
+            found.extend(self._rounding(tower, sizes[tower][counted], UNIT_NAMES[counted]))
         return found
 
-    def _rounding(self, tower: str, size: int) -> list[str]:
-        kept, what, ratio = self.kept(tower, size), UNIT_NAMES[self.axis], self.ratios[tower]
+    def _rounding(self, tower: str, size: int, what: str) -> list[str]:
+        kept, ratio = self.kept(tower, size), self.ratios[tower]
         rounded = f", kept in multiples of {self.step}" if self.step > 1 else ""
         said = f"ratio: {ratio:g} of the {tower} tower's {size} {what}{rounded}, "
         if kept < 1:

@@ -79,6 +79,9 @@ def quantize_dynamic_int8(source: Path, target: Path, *, exclude: Sequence[str] 
         prepared = Path(scratch) / "prepared.onnx"
         onnx_graph.prepare(source, prepared)
         plan = _Plan.of(prepared, source, ("MatMul", "Gemm"), exclude)
+        if not plan.chosen:
+            onnx_graph.save(onnx.load(prepared), target)
+            return _finish(source, target, plan)
         quantize_dynamic(
             str(prepared),
             str(target),
@@ -126,6 +129,9 @@ def quantize_static_int8(
         prepared = Path(scratch) / "prepared.onnx"
         onnx_graph.prepare(source, prepared)
         plan = _Plan.of(prepared, source, ops, exclude)
+        if not plan.chosen:
+            onnx_graph.save(onnx.load(prepared), target)
+            return _finish(source, target, plan)
         quantize_static(
             str(prepared),
             str(target),
@@ -157,6 +163,8 @@ class _Plan:
     def of(cls, prepared: Path, source: Path, ops: tuple[str, ...], patterns: Sequence[str]) -> "_Plan":
         model = onnx.load(prepared, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
+        if not layers:  # nothing but tables (a component that only looks tokens up)
+            return cls(tuple(value.name for value in model.graph.input), [], [], [], tuple(patterns))
         chosen = [node.name for node in layers if node.op_type in ops and not is_excluded(module_path(node.name), patterns)]
         if not chosen:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mmcompress.recipe import Gate
 from mmcompress.report.schema import Gain, GateResult, Row, Totals
 
 
-def judge(gate: Gate, row: Row) -> GateResult:
-    """Judges one gate on one row by the whole 95% interval."""
+def judge(gate: Gate, row: Row, lower_is_better: Collection[str] = ()) -> GateResult:
+    """Judges one gate on one row by the whole 95% interval.
+
+    Args:
+        lower_is_better: metrics that count mistakes: there a rise is what `max_drop` bounds.
+    """
+    lower = gate.metric in lower_is_better
     if gate.max_drop is not None:
         change = row.change.get(gate.metric)
         # The baseline itself has no change; it meets every drop.
         difference, low, high = (change.difference, change.low, change.high) if change else (0.0, 0.0, 0.0)
-        limit, what = -gate.max_drop, f"{gate.metric} changed by {_points(difference)} points"
-        said = f"at most {gate.max_drop:g} points may be lost"
+        limit, what = gate.max_drop if lower else -gate.max_drop, f"{gate.metric} changed by {_points(difference)} points"
+        said = f"it may rise by at most {gate.max_drop:g} points" if lower else f"at most {gate.max_drop:g} points may be lost"
     else:
-        value = row.quality[gate.metric]
-        low, high, limit = value.low, value.high, gate.min_value or 0.0
-        what, said = f"{gate.metric} is {100 * value.value:.2f}", f"at least {limit:g} is asked for"
-    met, missed = 100 * low >= limit, 100 * high < limit
+        value, most = row.quality[gate.metric], gate.max_value is not None
+        low, high, limit = value.low, value.high, (gate.max_value if most else gate.min_value) or 0.0
+        what, said = f"{gate.metric} is {100 * value.value:.2f}", f"at {'most' if most else 'least'} {limit:g} is asked for"
+        lower = most
+    met, missed = (100 * high <= limit, 100 * low > limit) if lower else (100 * low >= limit, 100 * high < limit)
     verdict = "met" if met else "missed" if missed else "not shown"
     interval = (
         f"95% interval {_points(low)} to {_points(high)}" if gate.max_drop is not None else f"{100 * low:.2f} to {100 * high:.2f}"
@@ -34,6 +40,7 @@ def judge(gate: Gate, row: Row) -> GateResult:
         runtime=row.runtime,
         max_drop=gate.max_drop,
         min_value=gate.min_value,
+        max_value=gate.max_value,
         verdict=verdict,
         words=words,
         on_miss=gate.on_miss,
@@ -82,10 +89,20 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
             )
 
 
-def totals(rows: Sequence[Row], *, name: str, metric: str, final: Row | None, finished: bool, synthetic: bool) -> Totals:
+def totals(
+    rows: Sequence[Row],
+    *,
+    name: str,
+    metric: str,
+    final: Row | None,
+    finished: bool,
+    synthetic: bool,
+    lower_is_better: Collection[str] = (),
+) -> Totals:
     """The run in a few numbers.
 
     Args:
+        metric: the task's headline metric.
         final: the row of the model that the run ends with; None where nothing but the baseline was measured.
     """
     baseline = next((row for row in rows if row.step == "baseline" and row.runtime == "torch"), rows[0] if rows else None)
@@ -95,7 +112,7 @@ def totals(rows: Sequence[Row], *, name: str, metric: str, final: Row | None, fi
         return Totals(headline=text, finished=finished, metric=metric, seconds=seconds, synthetic=synthetic)
     gains = {batch: _gain(rows, final, batch) for batch in final.latency_ms}
     return Totals(
-        headline=_headline(name, baseline, final, gains, metric, finished),
+        headline=_headline(name, baseline, final, gains, metric, finished, metric in lower_is_better),
         finished=finished,
         final_step=final.step,
         final_runtime=final.runtime,
@@ -131,7 +148,7 @@ def _gain(rows: Sequence[Row], final: Row, batch: str) -> Gain:
     )
 
 
-def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metric: str, finished: bool) -> str:
+def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metric: str, finished: bool, lower: bool) -> str:
     parts = [
         f"{_millions(baseline.parameters)} to {_millions(final.parameters)} parameters",
         f"{baseline.disk_bytes / 1e6:.1f} to {final.disk_bytes / 1e6:.1f} MB on disk",
@@ -148,9 +165,10 @@ def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metr
         was, now = baseline.quality[metric], final.quality[metric]
         text = f"{metric} {100 * was.value:.1f} to {100 * now.value:.1f}"
         change = final.change.get(metric)
+        said = ["lower is better"] if lower else []
         if change is not None:
-            text += f" ({_points(change.difference)} points, 95% interval {_points(change.low)} to {_points(change.high)})"
-        parts.append(text)
+            said += [f"{_points(change.difference)} points", f"95% interval {_points(change.low)} to {_points(change.high)}"]
+        parts.append(f"{text} ({', '.join(said)})" if said else text)
     return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + "."
 
 

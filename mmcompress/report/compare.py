@@ -33,7 +33,7 @@ from mmcompress.report.format import (
     smaller,
     speed_verdict,
 )
-from mmcompress.report.html import SHAPES, html_filters
+from mmcompress.report.html import SHAPES, axis_name, html_filters
 from mmcompress.report.markdown import Cell, Table
 from mmcompress.report.plots import Axes, Point, marker, pareto_front, scatter
 from mmcompress.report.schema import Report, Row
@@ -101,6 +101,7 @@ def _warnings(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> l
         "The task": lambda r: r.recipe.get("task"),
         "The evaluation data": lambda r: (r.recipe.get("data") or {}).get("eval"),
         "The headline metric": lambda r: r.totals.metric,
+        "Which way metrics are better": lambda r: r.lower_is_better or None,
         "The number of evaluation examples": lambda r: max((q.n for row in r.rows for q in row.quality.values()), default=None),
         "The batch sizes": batches,
         "The threads": lambda r: (r.recipe.get("report") or {}).get("threads"),
@@ -166,7 +167,10 @@ def comparison_table(comparison: Comparison) -> Table:
     formats = {e.name: metric_format(e.report, comparison.metric) for e in comparison.entries}
     columns = [("", "Run"), ("", "Final model"), ("", "Parameters"), ("", "Disk")]
     columns += [("Median latency, ms", f"batch {b}") for b in comparison.batches]
-    columns += [(comparison.metric, "value"), (comparison.metric, "difference to baseline")] if comparison.metric else []
+    if comparison.metric:
+        direction = formats[comparison.entries[0].name].direction
+        title = f"{comparison.metric} ({direction})" if direction else comparison.metric
+        columns += [(title, "value"), (title, "difference to baseline")]
     columns += [("", "Gates"), ("", "Steps took")]
     body = []
     for entry in comparison.entries:
@@ -255,8 +259,7 @@ def _pictures(comparison: Comparison) -> list[tuple[Any, str, str]]:
         if not comparison.metric or not points:
             continue
         fmt = metric_format(comparison.entries[0].report, comparison.metric)
-        y_label = f"{fmt.name}, %" if fmt.share else fmt.name
-        axes = Axes(f"{fmt.name} against {x_label}, all runs", "; ".join(p.tip for p in points), x_label, y_label,
+        axes = Axes(f"{fmt.name} against {x_label}, all runs", "; ".join(p.tip for p in points), x_label, axis_name(fmt),
                     higher_is_better=fmt.higher_is_better)  # fmt: skip
         best = "; ".join(points[i].tip for i in pareto_front(points, fmt.higher_is_better))
         found.append((scatter(points, axes, f"compare-{key}", front=True), f"Beaten by no other model here: {best}.", key))
@@ -267,7 +270,7 @@ def _points(comparison: Comparison, ask: Callable[[Row], float | None]) -> list[
     points = []
     for i, entry in enumerate(comparison.entries):
         fmt = metric_format(entry.report, comparison.metric)
-        scale = 100.0 if fmt.share else 1.0
+        scale = fmt.scale
         for row in entry.report.rows:
             quality, x = row.quality.get(comparison.metric), ask(row)
             if quality is None or x is None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -142,25 +142,42 @@ def speed_verdict(before: Latency | None, after: Latency | None) -> str:
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """How one metric is written: shares as percent and differences in points, anything else in its own unit."""
+    """How one metric is written: as percent, as points (times 100 without a sign) or plain; differences of the first two are
+    in points.
+    """
 
     name: str
-    share: bool
+    kind: Literal["percent", "points", "plain"]
     decimals: int
     higher_is_better: bool
 
     @property
     def unit(self) -> str:
         """The unit of a difference."""
-        return "points" if self.share else ""
+        return "" if self.kind == "plain" else "points"
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied with before it is written."""
+        return 1.0 if self.kind == "plain" else 100.0
+
+    @property
+    def title(self) -> str:
+        """The name with its unit, for axes: ``"accuracy, %"``."""
+        return f"{self.name}, %" if self.kind == "percent" else self.name
+
+    @property
+    def direction(self) -> str:
+        """What must be said where a reader would take more for better."""
+        return "" if self.higher_is_better else "lower is better"
 
     def bare(self, value: float) -> str:
         """A value without its unit."""
-        return _no_minus_zero(f"{value * (100 if self.share else 1):.{self.decimals}f}")
+        return _no_minus_zero(f"{value * self.scale:.{self.decimals}f}")
 
     def value(self, value: float | None) -> str:
         """``"86.9%"``."""
-        return MISSING if value is None else self.bare(value) + ("%" if self.share else "")
+        return MISSING if value is None else self.bare(value) + ("%" if self.kind == "percent" else "")
 
     def interval(self, found: Quality) -> str:
         """``"85.4 to 88.3"``."""
@@ -190,21 +207,11 @@ def _no_minus_zero(text: str) -> str:
 
 
 def metric_format(report: Report, metric: str) -> MetricFormat:
-    """How a report's metric is written, told from its numbers: the report names neither unit nor direction."""
+    """How a report's metric is written: as the report says, else told from its numbers."""
     found = [q for row in report.rows if (q := row.quality.get(metric))]
-    share = all(0 <= q.value <= 1 for q in found)
-    decimals = (1 if max((q.n for q in found), default=0) < 10_000 else 2) if share else 3
-    return MetricFormat(metric, share, decimals, higher_is_better(report, metric))
-
-
-def higher_is_better(report: Report, metric: str) -> bool:
-    """Whether more of a metric is better, told from what the verdicts call worse and better."""
-    signs = [
-        change.difference > 0 if change.verdict == "better" else change.difference < 0
-        for row in report.rows
-        if (change := row.change.get(metric)) and change.verdict in ("better", "worse")
-    ]
-    return all(signs)
+    kind = report.units.get(metric) or ("percent" if all(0 <= q.value <= 1 for q in found) else "plain")
+    decimals = 3 if kind == "plain" else 1 if max((q.n for q in found), default=0) < 10_000 else 2
+    return MetricFormat(metric, kind, decimals, metric not in report.lower_is_better)
 
 
 def baseline_row(report: Report, runtime: str | None = None) -> Row | None:

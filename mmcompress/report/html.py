@@ -68,6 +68,7 @@ def render_html(report: Report) -> str:
     values = {
         "report": report,
         "metric": metric,
+        "direction": metric_format(report, metric).direction,
         "chips": chips(report),
         "alerts": bad_news(report),
         "gates": gate_words(report),
@@ -127,6 +128,7 @@ def pictures(report: Report, metric: str) -> list[tuple[Markup, str]]:
     if not rows:
         return []
     fmt, found = metric_format(report, metric), []
+    better = "up" if fmt.higher_is_better else "down"
     batch = next((b for b in batches(report) if any(b in r.latency_ms for r in rows)), "")
     timed = [row for row in rows if batch in row.latency_ms]
     if timed:
@@ -134,11 +136,11 @@ def pictures(report: Report, metric: str) -> list[tuple[Markup, str]]:
         found.append(
             (
                 _picture(report, timed, fmt, batch, name),
-                "Faster is left, better is up; the bubble's area is the size on disk.",
+                f"Faster is left, better is {better}; the bubble's area is the size on disk.",
             )
         )
     unit = bytes_scale(r.disk_bytes for r in rows).unit
-    found.append((_picture(report, rows, fmt, "", f"disk, {unit}"), "Smaller is left, better is up."))
+    found.append((_picture(report, rows, fmt, "", f"disk, {unit}"), f"Smaller is left, better is {better}."))
     return found
 
 
@@ -150,13 +152,17 @@ def _picture(report: Report, rows: list[Row], fmt: MetricFormat, batch: str, x_l
         if len(path) > 1:
             paths.append(path)
     facts = "; ".join(p.tip for p in points)
-    y_label = f"{fmt.name}, %" if fmt.share else fmt.name
-    axes = Axes(f"{fmt.name} against {x_label}", facts, x_label, y_label)
+    axes = Axes(f"{fmt.name} against {x_label}", facts, x_label, axis_name(fmt), higher_is_better=fmt.higher_is_better)
     return scatter(points, axes, "picture-latency" if batch else "picture-disk", paths)
 
 
+def axis_name(fmt: MetricFormat) -> str:
+    """The metric with its unit and, where lower is better, its direction."""
+    return f"{fmt.title} ({fmt.direction})" if fmt.direction else fmt.title
+
+
 def _point(report: Report, row: Row, fmt: MetricFormat, batch: str) -> Point:
-    scale = 100.0 if fmt.share else 1.0
+    scale = fmt.scale
     quality, sizes = row.quality[fmt.name], bytes_scale(r.disk_bytes for r in report.rows)
     latency = row.latency_ms.get(batch)
     tags = row_tags(report, row)
@@ -261,7 +267,7 @@ def _step_change(
     bar = Markup("")
     small: tuple[str, ...] = ()
     if change:
-        bar = interval_bar(change.low, change.difference, change.high, span, start)
+        bar = interval_bar(change.low, change.difference, change.high, span, start, fmt.higher_is_better)
         if start is not None:
             small = (f"{fmt.signed(change.difference - start)} {fmt.unit} by this step".replace("  ", " "),)
     tone = {"worse": "bad", "better": "good"}.get(change.verdict, "") if change else ""

@@ -83,7 +83,7 @@ def results_table(report: Report) -> Table:
         ("", "Peak memory"),
     ]
     columns += [("Latency, ms: median (p90, p99)", f"batch {b}") for b in batches(report)]
-    columns += [(metric, "value, 95% interval"), (metric, "difference to baseline")] if metric else []
+    columns += [(_title(report, metric), part) for part in ("value, 95% interval", "difference to baseline")] if metric else []
     columns += [("", "Took")]
     body = []
     for row in rows:
@@ -103,6 +103,12 @@ def results_table(report: Report) -> Table:
         body.append(tuple(line))
     note = "Small print in a cell is against the baseline in PyTorch. Differences are paired: the same examples in both models."
     return Table("results", "All models that were measured", tuple(columns), tuple(body), heads=1, words=(0, 1), note=note)
+
+
+def _title(report: Report, metric: str) -> str:
+    """The metric's name, and its direction where it is not the one that readers take for granted."""
+    direction = metric_format(report, metric).direction
+    return f"{metric} ({direction})" if direction else metric
 
 
 def row_tags(report: Report, row: Row) -> tuple[str, ...]:
@@ -156,7 +162,7 @@ def metrics_table(report: Report) -> Table | None:
     if not formats:
         return None
     columns = [("", "Step"), ("", "Runtime")]
-    columns += [(f.name, part) for f in formats for part in ("value", "difference")]
+    columns += [(_title(report, f.name), part) for f in formats for part in ("value", "difference")]
     body = []
     for row in report.rows:
         line = [Cell(row.step, tags=row_tags(report, row)), Cell(RUNTIMES[row.runtime])]
@@ -258,7 +264,7 @@ def classes_table(report: Report) -> Table | None:
 
 
 def _class_line(difference: float, name: str, before: ClassScore, after: ClassScore) -> tuple[Cell, ...]:
-    share = MetricFormat("recall", True, 1, True)
+    share = MetricFormat("recall", "percent", 1, True)
     right = [f"{round((score.recall or 0) * score.n)} of {score.n}" for score in (before, after)]
     return (
         Cell(name),

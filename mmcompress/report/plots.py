@@ -336,7 +336,14 @@ def value_bar(value: float, full: float, before: float | None = None, series: in
     return _inline(parts)
 
 
-def interval_bar(low: float, value: float, high: float, span: tuple[float, float], before: float | None = None) -> Markup:
+def interval_bar(
+    low: float,
+    value: float,
+    high: float,
+    span: tuple[float, float],
+    before: float | None = None,
+    higher_is_better: bool = True,
+) -> Markup:
     """A dot with its interval on an axis whose zero (the baseline) is marked; all rows of a table share ``span``.
 
     A value outside of the span is an arrow at the edge.
@@ -348,7 +355,8 @@ def interval_bar(low: float, value: float, high: float, span: tuple[float, float
     def place(v: float) -> float:
         return 8 + (min(max(v, start), end) - start) / (end - start) * 160
 
-    tone = "bad" if high < 0 else "good" if low > 0 else "even"
+    above, below = ("good", "bad") if higher_is_better else ("bad", "good")
+    tone = below if high < 0 else above if low > 0 else "even"
     parts = [Markup('<line class="zero" x1="{:.1f}" x2="{:.1f}" y1="0" y2="18"/>').format(place(0), place(0))]
     if before is not None:
         parts.append(Markup('<line class="leader" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(place(before), place(value)))

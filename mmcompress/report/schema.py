@@ -1,7 +1,8 @@
 """The data model of ``report.json``. Its JSON Schema is printed by ``mmcompress schema --report``.
 
-Quality values are shares between 0 and 1 unless a metric's description says otherwise; differences are compressed model
-minus baseline, in the metric's own unit. Torch-free, so that finished reports are read fast.
+Quality values are shares between 0 and 1 unless a metric's description says otherwise (error rates may pass 1); differences
+are compressed model minus baseline, in the metric's own unit, so that a fall is an improvement for the metrics in
+``lower_is_better``. Torch-free, so that finished reports are read fast.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Quality(_Model):
     value: float
     low: float = Field(description="Lower end of the 95% bootstrap interval.")
     high: float = Field(description="Upper end of the 95% bootstrap interval.")
-    n: int = Field(description="How many examples it is the mean of.")
+    n: int = Field(description="How many examples it is taken over.")
 
 
 class Change(_Model):
@@ -47,8 +48,8 @@ class Change(_Model):
     low: float = Field(description="Lower end of the 95% paired bootstrap interval.")
     high: float = Field(description="Upper end of the 95% paired bootstrap interval.")
     n: int
-    lost: int = Field(description="Examples that the baseline got right and this model does not.")
-    won: int = Field(description="Examples that this model gets right and the baseline did not.")
+    lost: int = Field(description="Examples that are worse than the baseline's: it got them right and this model does not.")
+    won: int = Field(description="Examples that are better than the baseline's.")
     verdict: Literal["better", "worse", "no clear difference", "identical"]
 
 
@@ -123,8 +124,11 @@ class GateResult(_Model):
     metric: str
     step: str
     runtime: str
-    max_drop: float | None = Field(None, description="Allowed drop against the baseline, in points.")
+    max_drop: float | None = Field(None, description="How much worse than the baseline it may be, in points.")
     min_value: float | None = Field(None, description="Smallest allowed value, in points.")
+    max_value: float | None = Field(
+        None, description="Largest allowed value, in points, of a metric whose lower values are better."
+    )
     verdict: Literal["met", "missed", "not shown"] = Field(
         description='"not shown": the interval holds the limit, there are not enough examples to say.'
     )
@@ -161,7 +165,7 @@ class Totals(_Model):
     flops_ratio: float | None = None
     speedup: dict[str, Gain] = Field(default_factory=dict, description="By batch size.")
     seconds: float = 0.0
-    synthetic: bool = Field(False, description="The model or the data are synthetic: numbers say nothing about real pictures.")
+    synthetic: bool = Field(False, description="The model or the data are synthetic: numbers say nothing about real data.")
 
 
 class Report(_Model):
@@ -173,6 +177,12 @@ class Report(_Model):
     recipe: dict[str, Any]
     environment: dict[str, Any] = Field(description="Versions, CPU, threads.")
     metrics: dict[str, str] = Field(default_factory=dict, description="What each metric is.")
+    lower_is_better: list[str] = Field(default_factory=list, description="Metrics that count mistakes, such as error rates.")
+    units: dict[str, Literal["percent", "points"]] = Field(
+        default_factory=dict,
+        description="How views write a metric: as percent, or times 100 without the sign (CIDEr). One that is not named here is "
+        "written as percent where all its values lie between 0 and 1, else as it is.",
+    )
     rows: list[Row] = Field(default_factory=list)
     gates: list[GateResult] = Field(default_factory=list)
     warnings: list[Warning_] = Field(default_factory=list)

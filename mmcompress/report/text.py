@@ -42,7 +42,7 @@ UNSTEADY = 1.5
 """A 90th percentile this many times the median, or an interval half as wide as the median, is no steady timing."""
 NEAR_CHANCE = 0.1
 """Below this share of the way from guessing to all right, a baseline is called hardly better than guessing."""
-SYNTHETIC = "Synthetic: the model or the data are made up. The numbers show that the tool works, nothing about real pictures."
+SYNTHETIC = "Synthetic: the model or the data are made up. The numbers show that the tool works, nothing about real data."
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def _quality_chip(report: Report) -> Chip:
     baseline, final, metric = baseline_row(report), final_row(report), headline_metric(report)
     change = final.change.get(metric) if final else None
     label = f"Quality: {metric}" if metric else "Quality"
+    direction = metric_format(report, metric).direction
+    label += f" ({direction})" if direction else ""
     if baseline is None or final is None or metric not in final.quality:
         return Chip(label, "not measured", (), "neutral")
     fmt = metric_format(report, metric)
@@ -311,6 +313,9 @@ def _table(report: Report, width: int) -> str:
         columns.pop(dropped[-1])
     marks = [f"{mark} {words}" for mark, words in _marks(report).items() if any(c.endswith(mark) for c in columns["step"])]
     legend = "Intervals are 95%. Speed-ups and shares are against the baseline in PyTorch; differences are paired."
+    metric = headline_metric(report)
+    if metric and metric_format(report, metric).direction:
+        legend += f" Of {metric}, {metric_format(report, metric).direction}: a change below zero is an improvement."
     lines = [text, _wrap(". ".join([*marks, legend]), width)]
     if dropped:
         lines.append(_wrap("Left out for width: " + ", ".join(t.split("\n")[0] for t in dropped) + ".", width))
@@ -345,8 +350,7 @@ def _columns(report: Report) -> dict[str, list[str]]:
     metric = headline_metric(report)
     if metric:
         fmt = metric_format(report, metric)
-        unit = ", %" if fmt.share else ""
-        columns[f"{metric}{unit}\n[interval]"] = [_quality(fmt, r) for r in rows]
+        columns[f"{fmt.title}\n[interval]"] = [_quality(fmt, r) for r in rows]
         columns[f"change, {fmt.unit}\n[interval]" if fmt.unit else "change\n[interval]"] = [_change(fmt, r) for r in rows]
     return columns
 

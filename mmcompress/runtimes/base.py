@@ -19,9 +19,13 @@ class Predict(Protocol):
 
         Args:
             component: such as ``vision_model``.
-            inputs: arrays by input name, batch first.
+            inputs: arrays by input name, batch first; those that the component does not read are ignored.
 
         Returns:
-            Arrays by output name, batch first.
+            Arrays by output name, batch first, in the component's order.
         """
+        ...
+
+    def cache(self, component: str) -> Mapping[str, tuple[int, int]]:
+        """For each input that holds keys or values of past tokens its heads and their size; empty for all but decoders."""
         ...

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from mmcompress.errors import ModelError
+from mmcompress.runtimes.decoding import PAST
 
 _FAILURES = (
     OSError,
@@ -22,6 +23,8 @@ _FAILURES = (
 )
 """ONNX Runtime's own errors derive from Exception alone."""
 SUFFIXES = ("_quantized", "")
+COMBINED = "model"
+"""The name of a file that holds all components in one graph."""
 
 
 def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
@@ -29,7 +32,8 @@ def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[
 
     Args:
         folder: holds the ``.onnx`` files, or an ``onnx`` folder that does (the layout of transformers.js).
-        names: the components wanted; all found where None. ``model`` (all components in one) is never one of them.
+        names: the components wanted; all found where None. ``model`` is one only where it stands alone: beside others it is
+            all of them in one graph.
 
     Raises:
         ModelError: a component has no file.
@@ -37,7 +41,8 @@ def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[
     where = folder / "onnx" if (folder / "onnx").is_dir() else folder
     stems = {p.stem for p in where.glob("*.onnx")}
     if names is None:
-        names = tuple(sorted({s.removesuffix("_quantized") for s in stems} - {"model"}))
+        every = {s.removesuffix("_quantized") for s in stems}
+        names = tuple(sorted(every - {COMBINED} or every))
     found = {}
     for name in names:
         stem = next((name + s for s in SUFFIXES if name + s in stems), None)
@@ -80,6 +85,11 @@ class OnnxPredict:
         names = [o.name for o in session.get_outputs()]
         given = {name: np.ascontiguousarray(value) for name, value in inputs.items() if name in wanted}
         return dict(zip(names, session.run(names, given), strict=True))
+
+    def cache(self, component: str) -> Mapping[str, tuple[int, int]]:
+        """Read from the graph: the second and the last axis of the inputs ``past_key_values.*`` are constants there."""
+        inputs = self.sessions[component].get_inputs()
+        return {i.name: (int(i.shape[1]), int(i.shape[3])) for i in inputs if i.name.startswith(PAST)}
 
 
 def open_session(path: Path, threads: int = 0, own_pool: bool = True) -> ort.InferenceSession:

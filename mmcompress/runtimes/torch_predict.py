@@ -27,3 +27,6 @@ class TorchPredict:
         with torch.inference_mode():
             outputs = part.module(*tensors)
         return {name: value.float().cpu().numpy() for name, value in zip(part.outputs, outputs, strict=True)}
+
+    def cache(self, component: str) -> Mapping[str, tuple[int, int]]:
+        return self.parts[component].cache

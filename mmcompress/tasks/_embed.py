@@ -1,6 +1,8 @@
-"""Unit-length embeddings of pictures and texts through ``Predict``.
+"""Unit-length embeddings of pictures, recordings and texts through ``Predict``.
 
-Shapes: N pictures, M groups of texts, D embedding width.
+A component's first output is its embedding.
+
+Shapes: N pictures or recordings, M groups of texts, D embedding width.
 """
 
 from __future__ import annotations
@@ -32,19 +34,21 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def embed_images(predict: Predict, processor: Processor, examples: Examples, reporter: Reporter) -> tuple[np.ndarray, np.ndarray]:
-    """All pictures that decode.
+COMPONENTS = {"image": "vision_model", "audio": "audio_model"}
+
+
+def embed_media(predict: Predict, processor: Processor, examples: Examples, reporter: Reporter) -> tuple[np.ndarray, np.ndarray]:
+    """All pictures or recordings that decode.
 
     Returns:
         Their indices (N,), and their embeddings (N, D) at length 1.
     """
     kept, found = [], []
-    for indices, pixels in reporter.track(
-        prepared(examples, processor), f"scoring ({predict.runtime})", prepared.total(examples)
-    ):
+    component = COMPONENTS[examples.kind]
+    for indices, media in reporter.track(prepared(examples, processor), f"scoring ({predict.runtime})", prepared.total(examples)):
         if len(indices):
             kept.append(indices)
-            found.append(predict("vision_model", {"pixel_values": pixels})["image_embeds"])
+            found.append(_first(predict(component, media)))
     return np.concatenate(kept), unit(np.concatenate(found))
 
 
@@ -55,7 +59,11 @@ def unit_mean_texts(predict: Predict, processor: Processor, groups: list[list[st
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         tokens = processor.tokens(texts[start : start + TEXTS_AT_ONCE])
         inputs = {name: values.numpy() for name, values in tokens.items()}
-        found.append(predict("text_model", inputs)["text_embeds"])
+        found.append(_first(predict("text_model", inputs)))
     embeds = unit(np.concatenate(found))
     ends = np.cumsum([len(group) for group in groups])
     return unit(np.stack([part.mean(axis=0) for part in np.split(embeds, ends[:-1])]))
+
+
+def _first(outputs: dict[str, np.ndarray]) -> np.ndarray:
+    return next(iter(outputs.values()))

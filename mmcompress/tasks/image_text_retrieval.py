@@ -1,106 +1,23 @@
-"""Image-text retrieval: recall at 1, 5 and 10, from pictures to texts and from texts to pictures.
-
-Shapes: B pictures, U distinct texts, N queries, D embedding width.
-"""
+"""Image-text retrieval: recall at 1, 5 and 10, from pictures to texts and from texts to pictures."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mmcompress.tasks.base import Scores, Task
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from mmcompress.data.examples import Examples
-    from mmcompress.families.base import Outputs
-    from mmcompress.processor import Processor
-    from mmcompress.progress import Reporter
-    from mmcompress.runtimes.base import Predict
-
-RANKS = (1, 5, 10)
+from mmcompress.tasks._retrieval import Retrieval, recalls
 
 
-class ImageTextRetrieval(Task):
+class ImageTextRetrieval(Retrieval):
     """Needs pictures with one text each, or with a list of texts. Equal texts are one candidate."""
 
-    metrics: ClassVar = MappingProxyType(
-        {
-            **{f"image_to_text_r{k}": f"R@{k}: the share of pictures with a right text among the {k} nearest" for k in RANKS},
-            **{f"text_to_image_r{k}": f"R@{k}: the share of texts with a right picture among the {k} nearest" for k in RANKS},
-        }
-    )
+    metrics: ClassVar = recalls("image", "pictures", "picture")
     roles: ClassVar = MappingProxyType({"image": "a picture", "text": "a text or a list of texts"})
+    needs: ClassVar = frozenset({"image", "embeddings"})
 
     type: Literal["image-text-retrieval"] = Field(description="The task's name.")
-    template: str = Field(
-        "{}", description="What the texts are put into before they are read, with {} for the text.", pattern=r"\{\}"
-    )
-
-    def collate(self, rows: list[dict[str, Any]], processor: Processor, examples: Examples, draw: int) -> dict[str, torch.Tensor]:
-        """One text for each picture (of several, one is drawn); equal texts in a batch are encoded once."""
-        from mmcompress.tasks._contrastive import batch_of  # needs torch
-
-        chosen = [self._texts(row)[(draw + i) % len(self._texts(row))] for i, row in enumerate(rows)]
-        distinct = list(dict.fromkeys(chosen))
-        place = {text: i for i, text in enumerate(distinct)}
-        return batch_of(rows, distinct, [place[text] for text in chosen], processor)
-
-    def loss(self, outputs: Outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The symmetric contrastive loss; pictures that share a text are all positives of it."""
-        from mmcompress.tasks._contrastive import contrastive_loss  # needs torch
-
-        return contrastive_loss(outputs, batch["target"])
-
-    def evaluate(self, predict: Predict, processor: Processor, examples: Examples, reporter: Reporter) -> Scores:
-        """Recall at 1, 5 and 10 both ways, over all pictures and all distinct texts."""
-        import numpy as np
-
-        from mmcompress.tasks._embed import embed_images, unit_mean_texts
-
-        examples.need(self.roles, self.type)
-        kept, images = embed_images(predict, processor, examples, reporter)
-        own = [self._texts(examples.without_image(int(i))) for i in kept]
-        distinct = list(dict.fromkeys(text for texts in own for text in texts))
-        place = {text: j for j, text in enumerate(distinct)}
-        relevant = np.zeros((len(kept), len(distinct)), dtype=bool)
-        for i, texts in enumerate(own):
-            relevant[i, [place[text] for text in texts]] = True
-        texts_ = unit_mean_texts(predict, processor, [[text] for text in distinct])
-        similarity = images @ texts_.T
-        found: dict[str, np.ndarray] = {}
-        for name, scores, right in (
-            ("image_to_text", similarity, relevant),
-            ("text_to_image", similarity.T, relevant.T),
-        ):
-            rank = best_rank(scores, right)
-            found |= {f"{name}_r{k}": (rank < k).astype(np.float64) for k in RANKS}
-        return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept)
-
-    def _texts(self, row: dict[str, Any]) -> list[str]:
-        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
-        return [self.template.replace("{}", text) for text in texts]
-
-
-def best_rank(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """How many candidates stand before each query's best right one; ties count against the model.
-
-    Args:
-        scores: (N queries, M candidates).
-        relevant: (N, M), which candidates are right.
-
-    Returns:
-        (N,), 0 where a right candidate is nearest.
-    """
-    import numpy as np
-
-    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
-    before: np.ndarray = ((scores >= best) & ~relevant).sum(axis=1)
-    return before
 
 
 TASK = ImageTextRetrieval

@@ -1,6 +1,6 @@
-"""Training batches in a seeded order, from pictures that are decoded once where they fit in memory.
+"""Training batches in a seeded order, from pictures and recordings that are decoded once where they fit in memory.
 
-Shapes: N examples, B pictures in a batch, C x H x W a prepared picture.
+Shapes: N examples, B of them in a batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcompress.data.examples import Examples
+from mmcompress.data.prepare import WORDS
 from mmcompress.errors import DataError
 from mmcompress.processor import Processor
 from mmcompress.tasks.base import Task
 
 CACHE_BYTES = 1_000_000_000
-"""Prepared pictures are kept when all of them fit in this."""
+"""Prepared pictures or recordings are kept when all of them fit in this."""
 
 
 @dataclass
@@ -27,13 +28,13 @@ class Block:
     """Some rows, prepared.
 
     Attributes:
-        rows: the rows that could be used, without their pictures.
-        pixels: (len(rows), C, H, W), or None where no row could be used.
+        rows: the rows that could be used, without their pictures or recordings.
+        inputs: for each of them its tensors, without batch axis.
         damaged: for each row that could not be used, the index and what was wrong.
     """
 
     rows: list[dict[str, Any]]
-    pixels: torch.Tensor | None
+    inputs: list[dict[str, torch.Tensor]]
     damaged: dict[int, str]
 
 
@@ -48,43 +49,42 @@ class _Blocks(Dataset[Block]):
 
     def __getitem__(self, k: int) -> Block:
         # What is damaged is returned and not raised: an error that crosses processes arrives as a traceback in a text.
-        rows, images, damaged = [], [], {}
+        kind = self.examples.kind
+        rows, items, damaged = [], [], {}
         for i in self.lists[k]:
             try:
                 row = self.examples[i]
             except DataError as e:
                 damaged[i] = str(e)
                 continue
-            images.append(row.pop("image"))
+            items.append(row.pop(kind))
             rows.append({**row, "index": i})
         if not rows:
-            return Block([], None, damaged)
+            return Block([], [], damaged)
         try:
-            return Block(rows, self.processor.pixels(images), damaged)
-        except ValueError as e:
-            if len(rows) == 1:
-                where = f"{self.examples.name}, row {rows[0]['index']}"
-                return Block([], None, damaged | {rows[0]["index"]: f"{where}: the image processor refuses it: {e}"})
-        return self._one_by_one(rows, images, damaged)
+            return Block(rows, self.processor.media(kind, items), damaged)
+        except ValueError:
+            return self._one_by_one(kind, rows, items, damaged)
 
-    def _one_by_one(self, rows: list[dict[str, Any]], images: list[Any], damaged: dict[int, str]) -> Block:
+    def _one_by_one(self, kind: str, rows: list[dict[str, Any]], items: list[Any], damaged: dict[int, str]) -> Block:
         """Finds which picture of a block the image processor does not take, such as one that is a single pixel high."""
-        kept, pixels = [], []
-        for row, image in zip(rows, images, strict=True):
+        tool = "image processor" if kind == "image" else "feature extractor"
+        kept, inputs = [], []
+        for row, item in zip(rows, items, strict=True):
             try:
-                pixels.append(self.processor.pixels([image]))
+                inputs += self.processor.media(kind, [item])
                 kept.append(row)
             except ValueError as e:
                 where = f"{self.examples.name}, row {row['index']}"
-                damaged = damaged | {row["index"]: f"{where}: the image processor refuses it: {e}"}
-        return Block(kept, torch.cat(pixels) if pixels else None, damaged)
+                damaged = damaged | {row["index"]: f"{where}: the {tool} refuses it: {e}"}
+        return Block(kept, inputs, damaged)
 
 
 class Feed:
     """Batches for a task.
 
     Attributes:
-        batch_size: pictures in a batch: what was asked for, or all examples where they are fewer.
+        batch_size: examples in a batch: what was asked for, or all examples where they are fewer.
         steps_per_epoch: full batches in an epoch; examples that do not fill one wait for another epoch's order.
         damaged: for each example that was skipped, what was wrong.
         seconds: spent on preparing batches or waiting for them.
@@ -100,15 +100,16 @@ class Feed:
         self.seconds = 0.0
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: dict[int, dict[str, Any]] = {}
-        self._pixels: torch.Tensor | None = None
+        self._inputs: dict[int, dict[str, torch.Tensor]] = {}
+        self._bytes = 0
 
     def batches(self, steps: int) -> Iterator[dict[str, torch.Tensor]]:
-        """At most ``steps`` of the task's batches, each with ``index`` (B,), the examples that its pictures are.
+        """At most ``steps`` of the task's batches, each with ``index`` (B,), the examples that it is made of.
 
-        A batch of nothing but damaged pictures is left out.
+        A batch of nothing but damaged examples is left out.
 
         Raises:
-            DataError: a picture does not decode and may not be skipped, or no batch has one that does.
+            DataError: a picture or recording does not decode and may not be skipped, or no batch has one that does.
         """
         step, some = 0, False
         while step < steps:
@@ -124,7 +125,8 @@ class Feed:
                     yield batch
                 step += 1
         if not some:
-            raise DataError(f"{self.examples.name}: not one picture can be used: {next(iter(self.damaged.values()), '')}")
+            what = WORDS[self.examples.kind]
+            raise DataError(f"{self.examples.name}: not one {what} can be used: {next(iter(self.damaged.values()), '')}")
 
     def _order(self) -> list[list[int]]:
         """The next epoch's batches as indices."""
@@ -146,27 +148,17 @@ class Feed:
             yield block
 
     def _keep(self, indices: list[int], block: Block) -> list[dict[str, Any]]:
-        """Rows of a batch with their ``pixel_values`` (C, H, W), the new ones put into the cache where all fit."""
+        """Rows of a batch with their prepared ``inputs``, the new ones put into the cache where all are likely to fit."""
         if block.damaged and not self.examples.skip_damaged:
             raise DataError(next(iter(block.damaged.values())))
         self.damaged |= block.damaged
-        fresh: dict[int, torch.Tensor] = {}
-        if block.pixels is not None:
-            fresh = dict(zip((row["index"] for row in block.rows), block.pixels, strict=True))
-            one = block.pixels[0]
-            if self._pixels is None and len(self.examples) * one.nbytes <= CACHE_BYTES:
-                self._pixels = torch.empty((len(self.examples), *one.shape), dtype=one.dtype)
-        new = {row["index"]: row for row in block.rows}
-        if self._pixels is not None:
-            for i, pixels in fresh.items():
-                self._pixels[i] = pixels
-            self._rows |= new
-        found = []
-        for i in indices:
-            if i in self.damaged:
-                continue
-            known = i in self._rows
-            row = self._rows[i] if known else new[i]
-            pixels = self._pixels[i] if known and self._pixels is not None else fresh[i]
-            found.append({**row, "pixel_values": pixels})
-        return found
+        rows = {row["index"]: row for row in block.rows}
+        inputs = {row["index"]: one for row, one in zip(block.rows, block.inputs, strict=True)}
+        size = sum(values.nbytes for one in block.inputs for values in one.values())
+        if block.rows and len(self.examples) * size <= CACHE_BYTES * len(block.rows) and self._bytes + size <= CACHE_BYTES:
+            # Clones: what a processor gives are views of a whole block's tensor.
+            self._inputs |= {i: {name: values.clone() for name, values in one.items()} for i, one in inputs.items()}
+            self._rows |= rows
+            self._bytes += size
+        used = [i for i in indices if i not in self.damaged]
+        return [{**(rows.get(i) or self._rows[i]), "inputs": inputs.get(i) or self._inputs[i]} for i in used]

@@ -1,6 +1,6 @@
 """The one training loop, on Accelerate: seeded, checked at every step, and without a trace left in the process.
 
-Shapes: B pictures in a batch, U distinct texts, D embedding width.
+Shapes: B examples in a batch, U distinct texts, D embedding width.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def train(
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
-        DataError: a picture that does not decode and may not be skipped.
-        RecipeError: ``freeze`` names no tower, or all of them.
+        DataError: a picture or recording that does not decode and may not be skipped.
+        RecipeError: ``freeze`` names no tower, or all of them; the task asks for what the model cannot do.
     """
     task, examples = context.need_task(what), context.need_train(what)
-    examples.need(task.roles, task.type)
+    examples.need(task.roles, task.type, task.optional)
+    task.fits(model.family.abilities, model.family.name)
     device = pick_device(settings.device if settings.device != "auto" else context.device)
     precision = pick_precision(settings.precision, device)
     feed = Feed(examples, model.processor, task, settings.batch_size, context.seed, settings.workers)
@@ -148,7 +149,9 @@ class _Forward(nn.Module):
         """The outputs as a dict, which Accelerate knows how to turn back into float32."""
         with Float32Attention() if self.float32_attention else nullcontext():
             outputs = self.family.forward(self.module, batch)
-        return {"embeds": outputs.embeds, "logit_scale": outputs.logit_scale}
+        found = {"embeds": outputs.embeds, "logit_scale": outputs.logit_scale}
+        found |= {"logits": outputs.logits, "logit_bias": outputs.logit_bias}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class _Runner:
@@ -188,7 +191,7 @@ class _Runner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate_share(step, self.steps, self.settings.warmup)
         found = self.forward({name: values for name, values in batch.items() if name not in ("target", "index")})
-        parts = self.objective(Outputs(found["embeds"], found["logit_scale"]), batch)
+        parts = self.objective(Outputs(**found), batch)
         total = torch.stack(list(parts.values())).sum()
         said = {name: value.item() for name, value in parts.items()}
         for name, value in said.items():

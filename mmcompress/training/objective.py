@@ -1,6 +1,6 @@
 """What a training loop minimises: parts with names, so that a part that goes wrong can be named.
 
-Shapes: B pictures, U distinct texts, D embedding width.
+Shapes: B examples, U distinct texts, D embedding width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from mmcompress import registry
 from mmcompress.context import Context
+from mmcompress.errors import RecipeError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
 from mmcompress.tasks.base import Task
@@ -30,7 +31,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
-        """For each part its weighted loss, shape (); the batch's ``index`` (B,) says which examples the pictures are."""
+        """For each part its weighted loss, shape (); the batch's ``index`` (B,) says which examples it is made of."""
 
     def facts(self) -> dict[str, Any]:
         """Numbers for the report that may differ between repetitions."""
@@ -78,7 +79,7 @@ class DistillObjective(Objective):
 
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
         """A part for each loss."""
-        teacher = self.teacher(batch) if self.teacher is not None else Outputs({}, outputs.logit_scale.detach())
+        teacher = self.teacher(batch) if self.teacher is not None else Outputs(logit_scale=outputs.logit_scale.detach())
         parts = {name: self.weights[name] * loss(outputs, teacher, batch) for name, loss in self.losses.items()}
         if TASK_LOSS in self.weights:
             parts[TASK_LOSS] = self.weights[TASK_LOSS] * self.task.loss(outputs, dict(batch))
@@ -99,10 +100,19 @@ def distillation(settings: DistillationSettings, student: CompressedModel, conte
     Raises:
         DataError: no task, no training examples, or no baseline to learn from.
         ModelError: the teacher cannot be loaded, or reads other pictures or texts than the student.
+        RecipeError: a loss compares what the task's models do not give.
     """
     task, examples = context.need_task(what), context.need_train(what)
-    used = [name for name, weight in settings.losses.items() if weight > 0 and name != TASK_LOSS]
+    weights = settings.weights(task)
+    used = {name: registry.find("losses", name).LOSS for name, weight in weights.items() if weight > 0 and name != TASK_LOSS}
+    for name, loss in used.items():
+        if "embeddings" in loss.needs and "embeddings" not in task.needs:
+            fitting = [n for n in registry.names("losses") if "embeddings" not in registry.find("losses", n).LOSS.needs]
+            raise RecipeError(
+                f"{what}: losses: {name} compares embeddings, and models for the task {task.type} give none; "
+                f"allowed: {', '.join(fitting)}"
+            )
     teacher = None
-    if any(registry.find("losses", name).LOSS.needs_teacher for name in used):
+    if any(loss.needs_teacher for loss in used.values()):
         teacher = find_teacher(settings.teacher, student, context, len(examples))
-    return DistillObjective(task, settings.losses, student, teacher)
+    return DistillObjective(task, weights, student, teacher)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
 from mmcompress import registry
 from mmcompress.errors import one_of
+
+if TYPE_CHECKING:
+    from mmcompress.tasks.base import Task
 
 TASK_LOSS = "task"
 """The key under which ``losses`` weighs the task's own loss."""
@@ -23,7 +26,7 @@ class TrainingSettings(BaseModel):
         1.0, gt=0, le=10_000, description="Passes over the training examples, above 0; a fraction is a part of one."
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, if epochs do not end before.")
-    batch_size: int = Field(128, ge=1, le=65_536, description="Pictures in a step. Contrastive losses want many.")
+    batch_size: int = Field(128, ge=1, le=65_536, description="Examples in a step. Contrastive losses want many.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW, above 0; falls to 0 along a cosine.")
     weight_decay: float = Field(
         0.05, ge=0, le=1, description="Decoupled weight decay of AdamW; biases, norms and embeddings have none."
@@ -37,7 +40,7 @@ class TrainingSettings(BaseModel):
         0,
         ge=0,
         le=64,
-        description="Processes that decode pictures ahead of the training. Pictures are decoded once where they fit in 1 GB.",
+        description="Processes that decode media ahead of the training. Media are decoded once where they fit in 1 GB.",
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "auto", description="Where to train; auto takes what the run uses, or the first that is there of cuda, mps, cpu."
@@ -55,11 +58,11 @@ class TrainingSettings(BaseModel):
 class DistillationSettings(TrainingSettings):
     """What a student learns from its teacher."""
 
-    losses: dict[str, Weight] = Field(
-        # CLIP-KD's weight of features is 2000 on a mean over D numbers, which is 4 on our sum at its D of 512.
-        default_factory=lambda: {TASK_LOSS: 1.0, "affinity": 1.0, "feature": 4.0},
+    losses: dict[str, Weight] | None = Field(
+        None,
         description="Weight of each loss, 0 or more; `mmcompress list losses` shows all. The key `task` weighs the task's own "
-        "loss and is 1 where it is left out.",
+        "loss and is 1 where it is left out. Without it the task's usual ones: for tasks over embeddings `task` 1, `affinity` 1, "
+        "`feature` 4; for tasks over answers `task` 1, `logit` 0.8.",
     )
     teacher: str = Field(
         "baseline",
@@ -69,7 +72,9 @@ class DistillationSettings(TrainingSettings):
 
     @field_validator("losses")
     @classmethod
-    def _known(cls, losses: dict[str, float]) -> dict[str, float]:
+    def _known(cls, losses: dict[str, float] | None) -> dict[str, float] | None:
+        if losses is None:
+            return None
         known = [TASK_LOSS, *registry.names("losses")]
         for name in losses:
             if name not in known:
@@ -77,3 +82,7 @@ class DistillationSettings(TrainingSettings):
         if not any(weight > 0 for name, weight in losses.items() if name != TASK_LOSS):
             raise ValueError("no distillation loss has a weight above 0; the pass `finetune` trains on the task's loss alone")
         return {TASK_LOSS: 1.0, **losses}
+
+    def weights(self, task: Task) -> Mapping[str, float]:
+        """Each loss's weight for a task."""
+        return self.losses if self.losses is not None else task.distillation

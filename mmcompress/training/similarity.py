@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from mmcompress.families.base import Outputs, seen_tower
+
 
 def unit(embeds: torch.Tensor) -> torch.Tensor:
     """Rows at length 1 in float32: products of bf16 embeddings are too coarse for a softmax at scale 100."""
@@ -17,6 +19,12 @@ def unit(embeds: torch.Tensor) -> torch.Tensor:
 def similarities(vision: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Scaled cosine similarities (B, U) of pictures (B, D) and texts (U, D), neither normalised."""
     return scale.float() * (unit(vision) @ unit(text).T)
+
+
+def own_similarities(outputs: Outputs) -> torch.Tensor:
+    """A model's logits (B, U) of pictures or recordings against texts: with its own scale, and its bias where it has one."""
+    found = similarities(outputs.embeds[seen_tower(outputs.embeds)], outputs.embeds["text"], outputs.logit_scale)
+    return found if outputs.logit_bias is None else found + outputs.logit_bias.float()
 
 
 def cross_entropy(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmcompress.measure.statistics import difference_interval, mean_interval, median_interval
+from mmcompress.measure.statistics import (
+    corpus_difference_interval,
+    corpus_interval,
+    difference_interval,
+    mean_interval,
+    median_interval,
+    ratio,
+    resampled_sums,
+)
 
 
 def test_wilson_by_hand() -> None:
@@ -97,3 +105,141 @@ def test_nothing_to_measure_is_an_error() -> None:
             call(np.array([]))
     with pytest.raises(ValueError, match="equal shapes"):
         difference_interval(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="at least one"):
+        corpus_interval(np.zeros((0, 2)), ratio)
+    with pytest.raises(ValueError, match="equal shapes"):
+        corpus_difference_interval(np.ones((3, 2)), np.ones((4, 2)), ratio)
+
+
+def errors_and_words(seed: int, n: int = 300, rate: float = 0.15) -> tuple[np.ndarray, np.ndarray]:
+    """Word errors of made-up transcripts: some speakers' recordings are hopeless, most have few errors or none."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(1, 30, n)
+    errors = rng.binomial(words, np.where(rng.random(n) < 0.1, 0.6, rate))
+    return errors.astype(float), words.astype(float)
+
+
+def scipy_interval(statistic: object, *data: np.ndarray) -> tuple[float, float]:
+    found = stats.bootstrap(data, statistic, paired=True, vectorized=False, method="percentile", n_resamples=9999, rng=2)
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
+def test_weighted_mean_agrees_with_scipy() -> None:
+    errors, words = errors_and_words(1)
+    ours = mean_interval(errors / words, weights=words)
+    theirs = scipy_interval(lambda e, w: e.sum() / w.sum(), errors, words)
+    assert ours == pytest.approx(theirs, abs=0.002)
+    # An unweighted mean of the rates is another number with another interval.
+    assert abs(mean_interval(errors / words)[1] - ours[1]) > 0.002
+
+
+def test_difference_of_weighted_means_is_paired_and_agrees_with_scipy() -> None:
+    old, words = errors_and_words(1)
+    new = old + np.random.default_rng(5).binomial(1, 0.1, len(old))
+    ours = difference_interval(new / words, old / words, weights=(words, words))
+    theirs = scipy_interval(lambda a, b, w: (a.sum() - b.sum()) / w.sum(), new, old, words)
+    assert ours == pytest.approx(theirs, abs=0.0005)
+    one, other = mean_interval(new / words, weights=words), mean_interval(old / words, weights=words)
+    assert ours[1] - ours[0] < 0.3 * (one[1] - one[0] + other[1] - other[0])
+
+
+def test_a_product_of_shares_agrees_with_scipy() -> None:
+    """A metric that is no mean: the geometric mean of two corpus rates, as in BLEU."""
+    rng = np.random.default_rng(7)
+    counts = np.stack([rng.binomial(9, 0.6, 200), rng.binomial(8, 0.3, 200)], axis=1).astype(float)
+    worse = np.stack([rng.binomial(counts[:, k].astype(int), 0.95) for k in (0, 1)], axis=1).astype(float)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        return np.sqrt(sums[:, 0] / (9 * 200) * sums[:, 1] / (8 * 200))
+
+    def one(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sqrt(a.mean() / 9 * b.mean() / 8))
+
+    assert corpus_interval(counts, value) == pytest.approx(scipy_interval(one, *counts.T), abs=0.002)
+    ours = corpus_difference_interval(worse, counts, value)
+    assert ours == pytest.approx(scipy_interval(lambda a, b, c, d: one(a, b) - one(c, d), *worse.T, *counts.T), abs=0.001)
+
+
+def test_resamples_by_hand() -> None:
+    # Two examples with (1, 10) and (3, 0): a resample is (2, 20), (4, 10) or (6, 0), with odds 1 : 2 : 1.
+    sums = resampled_sums(np.array([[1.0, 10.0], [3.0, 0.0]]))
+    kinds, counts = np.unique(sums, axis=0, return_counts=True)
+    assert kinds.tolist() == [[2, 20], [4, 10], [6, 0]]
+    assert counts / len(sums) == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+
+
+def test_equal_rows_together_or_one_by_one_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).integers(0, 5, 400).astype(float)
+    weights = np.random.default_rng(2).integers(1, 4, 400).astype(float)
+    together = mean_interval(values, weights=weights)
+    monkeypatch.setattr("mmcompress.measure.statistics.FEW_KINDS", 0)
+    assert mean_interval(values, weights=weights) == pytest.approx(together, abs=0.02)
+    assert mean_interval(values, weights=weights) != together
+
+
+def test_large_data_gets_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).random((100, 2))
+    assert len(resampled_sums(rows)) == 9_999
+    monkeypatch.setattr("mmcompress.measure.statistics.MOST_DRAWS", 300_000)
+    assert len(resampled_sums(rows)) == 3_000
+    monkeypatch.setattr("mmcompress.measure.statistics.MOST_DRAWS", 1_000)
+    assert len(resampled_sums(rows)) == 1_999
+
+
+def test_clusters_by_hand_and_against_scipy() -> None:
+    # Five copies of each of 40 values say no more than the 40 values: the clustered interval is theirs.
+    values = np.random.default_rng(3).gamma(2.0, 1.0, 40)
+    copies, speakers = np.repeat(values, 5), np.repeat(np.arange(40), 5)
+    clustered = mean_interval(copies, clusters=speakers)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=2).confidence_interval
+    assert clustered == pytest.approx((theirs.low, theirs.high), abs=0.04)
+    naive = mean_interval(copies)
+    assert naive[1] - naive[0] < 0.5 * (clustered[1] - clustered[0])
+    named = np.array([f"speaker {i}" for i in speakers])
+    assert mean_interval(copies, clusters=named) == pytest.approx(clustered, abs=0.04)
+
+
+def test_clusters_widen_shares_and_differences_too() -> None:
+    rng = np.random.default_rng(4)
+    speakers = np.repeat(np.arange(30), 20)
+    hard = np.repeat(rng.random(30) < 0.3, 20)
+    old, new = np.where(hard, 0.0, 1.0), np.where(hard | np.repeat(rng.random(30) < 0.2, 20), 0.0, 1.0)
+    for clustered, naive in (
+        (mean_interval(old, clusters=speakers), mean_interval(old)),
+        (difference_interval(new, old, clusters=speakers), difference_interval(new, old)),
+    ):
+        assert clustered[1] - clustered[0] > 1.5 * (naive[1] - naive[0])
+
+
+def test_one_example_a_cluster_is_no_cluster_and_one_cluster_is_none() -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    for clusters in (np.arange(4), np.zeros(4)):
+        assert mean_interval(values, clusters=clusters) == mean_interval(values)
+        assert difference_interval(values, 1 - values, clusters=clusters) == difference_interval(values, 1 - values)
+
+
+def test_no_error_among_few_examples_is_not_certain() -> None:
+    # 0 of 20: Wilson's upper end is z^2 / (n + z^2) = 3.8415 / 23.8415 = 0.16113.
+    words = np.arange(1.0, 21.0)
+    assert mean_interval(np.zeros(20), weights=words) == pytest.approx((0.0, 0.16113), abs=1e-5)
+    # By 5 clusters of 4: 3.8415 / 8.8415 = 0.43449.
+    clustered = mean_interval(np.zeros(20), weights=words, clusters=np.arange(20) // 4)
+    assert clustered == pytest.approx((0.0, 0.43449), abs=1e-5)
+    # And of a difference without a differing pair: 1.959964 * sqrt(1) / 22.
+    low, high = difference_interval(np.full(20, 0.5), np.full(20, 0.5), weights=(words, words))
+    assert (low, high) == pytest.approx((-1.959964 / 22, 1.959964 / 22), abs=1e-6)
+
+
+def test_coverage_of_an_error_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcompress.measure.statistics.MOST_DRAWS", 1)
+    inside, rounds, n = 0, 400, 80
+    for seed in range(rounds):
+        errors, words = errors_and_words(seed, n)
+        # 10% of recordings at 0.6, the others at 0.15; the words do not depend on it.
+        low, high = mean_interval(errors / words, seed, weights=words)
+        inside += low <= 0.1 * 0.6 + 0.9 * 0.15 <= high
+    assert 0.90 <= inside / rounds <= 0.985
+
+
+def test_ratio_by_hand() -> None:
+    assert ratio(np.array([[3.0, 4.0], [1.0, 2.0]])).tolist() == [0.75, 0.5]

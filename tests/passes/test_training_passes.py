@@ -133,7 +133,7 @@ def test_the_teacher_is_asked_once(model: CompressedModel, teacher: CompressedMo
     where = context(teacher)
     Distill(**{**SHORT, "epochs": 5}).apply(model, context=where)
     assert where.facts["examples_seen"] == 160
-    assert where.facts["teacher_pictures"] == 32
+    assert where.facts["teacher_examples"] == 32
     assert where.facts["teacher_texts"] == 12, "six classes in two templates"
     assert where.facts["teacher_seconds"] > 0
 
@@ -150,7 +150,7 @@ def test_what_the_teacher_remembers_is_what_it_says(teacher: CompressedModel, ro
         for tower in ("vision", "text"):
             torch.testing.assert_close(found.embeds[tower], truth.embeds[tower], atol=1e-5, rtol=1e-5)
         assert torch.equal(found.logit_scale, truth.logit_scale)
-    assert asked.pictures_asked == (60 if room == 0 else 24)
+    assert asked.examples_asked == (60 if room == 0 else 24)
 
 
 def test_a_teacher_from_a_folder(model: CompressedModel, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_teacher_that_reads_other_pictures_or_texts_is_refused(model: Compress
         check_fits(other, model, "x")
     other = tiny.clip()
     other.processor.image_processor.image_mean = [0.0, 0.0, 0.0]
-    with pytest.raises(ModelError, match="normalises pictures in another way"):
+    with pytest.raises(ModelError, match="prepares pictures in another way"):
         check_fits(other, model, "x")
     other = tiny.clip()
     other.module.config.text_config.vocab_size = 99

@@ -395,4 +395,55 @@ def long() -> Report:
     return report.model_copy(update={"name": "long", "rows": rows, "gates": [], "warnings": [], "totals": totals})
 
 
-ALL = {f.__name__: f for f in (full, half_finished, empty, bad, torch_only, hostile, long)}
+def _speech_row(step: str, runtime: str, wer: float, ms: float, scale: float, **more: Any) -> Row:
+    found = {
+        "wer": Quality(value=wer, low=wer * 0.9, high=wer * 1.1, n=500),
+        "exact_match": quality(max(0.0, 0.9 - wer), 500),
+        "cider": Quality(value=1.2 - wer, low=1.15 - wer, high=1.25 - wer, n=500),
+    }
+    return row(step, runtime, 0.5, ms, scale, scale, **more).model_copy(update={"quality": found})
+
+
+def error_change(difference: float, lost: int, won: int, half: float = 0.004) -> Change:
+    """Of a metric that counts mistakes: a rise is worse."""
+    found = change(difference, lost, won, half, 500)
+    swapped = {"better": "worse", "worse": "better"}
+    return found.model_copy(update={"verdict": swapped.get(found.verdict, found.verdict)})
+
+
+def speech() -> Report:
+    """A headline metric whose lower values are better: useless after the cut, worse after quantization."""
+    rows = [
+        _speech_row("baseline", "torch", 0.05, 40.0, 1.0),
+        _speech_row("1-prune", "torch", 1.23, 30.0, 0.7, change={"wer": error_change(1.18, 480, 0, 0.05)}),
+        _speech_row("2-distill", "torch", 0.041, 30.0, 0.7, change={"wer": error_change(-0.009, 12, 30)}),
+        _speech_row("3-quantize", "onnxruntime", 0.062, 12.0, 0.3, change={"wer": error_change(0.012, 41, 9)}, loads_with="onnx"),
+    ]
+    task = {"type": "automatic-speech-recognition"}
+    gate = GateResult(
+        metric="wer", step="3-quantize", runtime="onnxruntime", max_value=7.0, verdict="met", words="wer is 6.20; at most 7"
+    )
+    return Report(
+        name="whisper-small",
+        model_class="WhisperForConditionalGeneration",
+        recipe={**recipe(), "name": "whisper-small", "model": "openai/whisper-tiny", "task": task},
+        environment=environment(),
+        metrics={"wer": "word error rate", "exact_match": "share of transcripts that are right", "cider": "CIDEr-D"},
+        lower_is_better=["wer"],
+        units={"wer": "percent", "exact_match": "percent", "cider": "points"},
+        rows=rows,
+        gates=[gate],
+        totals=Totals(
+            headline="whisper-small: wer 5.0 to 6.2 (lower is better).",
+            finished=True,
+            final_step="3-quantize",
+            final_runtime="onnxruntime",
+            metric="wer",
+            parameters_ratio=0.3,
+            disk_ratio=0.3,
+            speedup={"1": Gain(runtime=1.4, compression=2.4, compression_torch=1.3, total=3.33)},
+        ),
+    )
+
+
+ALL = {f.__name__: f for f in (full, half_finished, empty, bad, torch_only, hostile, long, speech)}

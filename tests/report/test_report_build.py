@@ -52,6 +52,39 @@ def test_a_least_value_is_judged_by_the_whole_interval(limit: float, verdict: st
     assert judge(Gate(metric="accuracy", min_value=limit), row("1-prune", "torch", 5)).verdict == verdict
 
 
+def test_a_rise_of_an_error_rate_is_a_drop() -> None:
+    for low, middle, high, verdict in (
+        (-0.03, -0.02, -0.01, "met"),
+        (-0.001, 0.004, 0.009, "met"),
+        (-0.001, 0.004, 0.011, "not shown"),
+        (0.011, 0.03, 0.05, "missed"),
+    ):
+        found = judge(
+            Gate(metric="accuracy", max_drop=1.0), row("1-x", "torch", 5, change=changed(low, middle, high)), {"accuracy"}
+        )
+        assert (found.verdict, f"{100 * middle:+.2f} points" in found.words) == (verdict, True)
+        assert "it may rise by at most 1 points" in found.words
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(93, "met"), (90, "not shown"), (87, "missed")])
+def test_a_largest_value_is_judged_by_the_whole_interval(limit: float, verdict: str) -> None:
+    found = judge(Gate(metric="accuracy", max_value=limit), row("1-prune", "torch", 5), {"accuracy"})
+    assert (found.verdict, found.max_value, found.min_value) == (verdict, limit, None)
+    assert f"at most {limit} is asked for" in found.words
+
+
+def test_the_headline_says_which_way_is_better() -> None:
+    found = rows(change=changed(-0.01, 0.02, 0.05))
+    texts = [
+        totals(
+            found, name="x", metric="accuracy", final=found[-1], finished=True, synthetic=False, lower_is_better=lower
+        ).headline
+        for lower in ((), ("accuracy",))
+    ]
+    assert "accuracy 90.0 to 90.0 (+2.00 points, 95% interval -1.00 to +5.00)" in texts[0]
+    assert "accuracy 90.0 to 90.0 (lower is better, +2.00 points, 95% interval -1.00 to +5.00)" in texts[1]
+
+
 def rows(**given: object) -> list[Row]:
     return [
         row("baseline", "torch", 12.0),

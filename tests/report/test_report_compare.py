@@ -1,6 +1,8 @@
 # ruff: noqa: RUF001  the pages use real minus and multiplication signs
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mmcompress.errors import UserError
@@ -88,6 +90,24 @@ def test_any_mixture_renders_and_is_well_formed() -> None:
     assert "full (2)" in parsed.text
     assert "No metric was measured in all runs" in parsed.text
     assert render_compare_text(compare_reports(everything))
+
+
+def test_the_best_error_rate_is_the_lowest() -> None:
+    better, worse = examples.speech(), examples.speech()
+    for row in worse.rows:
+        # Smaller and faster, so that it is beaten in nothing but the error rate.
+        row.quality["wer"].value += 0.05
+        row.disk_bytes += 1_000
+        row.latency_ms["1"].p50 += 1.0
+    comparison = compare_reports([("better", better), ("worse", worse)])
+    page = render_compare_html(comparison)
+    front = re.findall(r"Beaten by no other model here: ([^<]*)", page)
+    assert len(front) == 2
+    for sentence in front:
+        assert "better, 3-quantize in ONNX Runtime: 6.2%" in sentence
+        assert "worse" not in sentence
+    assert "wer (lower is better)" in page
+    assert "lower is better" in render_compare_text(comparison)
 
 
 def test_no_run_is_an_error() -> None:

@@ -135,6 +135,26 @@ def test_all_facts_are_on_the_page() -> None:
     assert "not finished" not in text
 
 
+def test_error_rates_are_read_the_right_way_round() -> None:
+    page = render_html(examples.speech())
+    text = Page(page).text
+    for fact in [
+        "Quality: wer (lower is better)",
+        "+1.2 points",
+        "better is down",
+        "wer: difference to the baseline (lower is better)",
+        "wer, % (lower is better)",
+        "123.0%",
+    ]:
+        assert fact in text, fact
+    assert "better is up" not in text
+    # The steps' bars: the cut is off the scale and bad, distillation lowered the rate, quantization raised it.
+    tones = re.findall(r'class="(?:whisker|mean) (\w+)" (?:x1|d)=', page)
+    assert tones == ["bad", "good", "bad"]
+    assert "picture" not in text.lower()
+    assert "better is down" not in render_html(examples.full())
+
+
 def test_bad_news_stand_before_the_picture() -> None:
     text = Page(render_html(examples.bad())).text
     first_screen = text[: text.index("Size, speed and quality")]

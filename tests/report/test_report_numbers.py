@@ -11,7 +11,6 @@ from mmcompress.report.format import (
     count_scale,
     faster,
     flat,
-    higher_is_better,
     metric_format,
     ms_scale,
     plain,
@@ -19,7 +18,8 @@ from mmcompress.report.format import (
     smaller,
     speed_verdict,
 )
-from mmcompress.report.plots import Axes, Point, pareto_front, scatter, ticks
+from mmcompress.report.plots import Axes, Point, interval_bar, pareto_front, scatter, ticks
+from mmcompress.report.schema import Report
 from tests.report import examples
 
 
@@ -69,7 +69,7 @@ def test_seconds() -> None:
 
 
 def test_shares_are_points_and_other_metrics_keep_their_unit() -> None:
-    points = MetricFormat("accuracy", share=True, decimals=1, higher_is_better=True)
+    points = MetricFormat("accuracy", "percent", decimals=1, higher_is_better=True)
     assert (points.value(0.8694), points.signed(0.003), points.signed(-0.0001)) == ("86.9%", "+0.3", "0.0")
     report = examples.full()
     for row in report.rows:
@@ -77,8 +77,40 @@ def test_shares_are_points_and_other_metrics_keep_their_unit() -> None:
         row.change["loss"] = examples.change(0.5, 1, 0).model_copy(update={"verdict": "worse"})
     fmt = metric_format(report, "loss")
     assert (fmt.value(2.5), fmt.change(report.rows[1].change["loss"])) == ("2.500", "+0.500")
-    assert not higher_is_better(report, "loss")
-    assert higher_is_better(report, "accuracy")
+    assert fmt.title == "loss"
+
+
+def test_directions_and_units_are_what_the_report_says() -> None:
+    report = examples.speech()
+    wer, cider, accuracy = (metric_format(report, m) for m in ("wer", "cider", "exact_match"))
+    # A word error rate may pass 1 and is written as percent all the same.
+    assert (wer.value(1.23), wer.signed(0.012), wer.unit, wer.title) == ("123.0%", "+1.2", "points", "wer, %")
+    assert (wer.direction, accuracy.direction) == ("lower is better", "")
+    # CIDEr is written times 100 and is no share.
+    assert (cider.value(1.2341), cider.signed(-0.05), cider.unit, cider.title) == ("123.4", "-5.0", "points", "cider")
+
+
+def test_reports_of_earlier_versions_name_neither_direction_nor_unit() -> None:
+    old = examples.full().model_dump()
+    del old["lower_is_better"], old["units"]
+    for gate in old["gates"]:
+        del gate["max_value"]
+    report = Report.model_validate(old)
+    assert report == examples.full()
+    assert metric_format(report, "accuracy") == MetricFormat("accuracy", "percent", 1, True)
+
+
+def test_interval_bars_have_the_colour_of_the_news() -> None:
+    rise, fall = (0.01, 0.02, 0.03), (-0.03, -0.02, -0.01)
+    colours = {
+        (name, up): re.search(r'class="whisker (\w+)"', interval_bar(*ends, (-0.1, 0.1), higher_is_better=up))[1]  # type: ignore[index]
+        for name, ends in (("rise", rise), ("fall", fall), ("even", (-0.01, 0.0, 0.01)))
+        for up in (True, False)
+    }
+    assert colours == {
+        ("rise", True): "good", ("rise", False): "bad", ("fall", True): "bad", ("fall", False): "good",
+        ("even", True): "even", ("even", False): "even",
+    }  # fmt: skip
 
 
 def test_plain_values() -> None:

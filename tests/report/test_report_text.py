@@ -120,6 +120,39 @@ def test_classes_where_none_lost() -> None:
     assert "No class lost recall" in render_markdown(report)
 
 
+def test_error_rates_are_read_the_right_way_round() -> None:
+    report = examples.speech()
+    quality = chips(report)[3]
+    assert (quality.label, quality.value, quality.tone) == ("Quality: wer (lower is better)", "+1.2 points", "bad")
+    assert quality.details == ("5.0% → 6.2%", "95% interval +0.8 to +1.6", "worse, n = 500")
+    assert any("wer is clearly worse than the baseline's: +1.2 points" in a.text for a in bad_news(report))
+    text = " ".join(render_text(report).split())
+    assert "Of wer, lower is better: a change below zero is an improvement." in text
+    assert "wer, %" in text
+    assert "123.0 [110.7,135.3]" in text
+    markdown = render_markdown(report)
+    assert "wer (lower is better), difference to baseline" in markdown
+    assert "-0.9 points (-1.3 to -0.5; 30 won, 12 lost; better)" in markdown
+    assert "123.0%" in markdown
+    assert "| 115.0 (110.0 to 120.0; n = 500)" in markdown  # CIDEr of the baseline, without a percent sign
+    assert "exact_match (lower is better)" not in markdown
+    assert "lower is better" not in render_markdown(examples.full())
+
+
+def test_no_report_speaks_of_pictures_that_there_are_not() -> None:
+    report = examples.speech()
+    report.totals.synthetic = True
+    for view in (render_text, render_markdown, render_card):
+        assert "picture" not in view(report)
+
+
+def test_card_of_a_speech_model() -> None:
+    found = _header(render_card(examples.speech()))
+    assert found["pipeline_tag"] == "automatic-speech-recognition"
+    metrics = found["model-index"][0]["results"][0]["metrics"]  # type: ignore[index]
+    assert metrics[0] == {"type": "wer", "value": 0.062, "name": "wer (ONNX Runtime, float32, n = 500)"}
+
+
 def test_nothing_bad_nothing_said() -> None:
     assert bad_news(examples.torch_only()) == []
 

@@ -18,9 +18,11 @@ from mmcompress.progress import SILENT
 from mmcompress.recipe import make_recipe
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks._contrastive import contrastive_loss
+from mmcompress.tasks._retrieval import best_rank
+from mmcompress.tasks._zero_shot import per_class
 from mmcompress.tasks.base import Scores
-from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval, best_rank
-from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification, per_class
+from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval
+from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from tests import tiny
 
 ZERO_SHOT = ZeroShotImageClassification(type="zero-shot-image-classification", templates=["a photo of a {} .", "a {} ."])

@@ -198,14 +198,14 @@ def test_nothing_but_damaged_pictures_is_an_error(model: CompressedModel) -> Non
 
 
 def test_a_picture_that_the_image_processor_refuses_is_named(model: CompressedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = type(model.processor).pixels
+    plain = type(model.processor).media
 
-    def pixels(self: Any, images: list[Any]) -> torch.Tensor:
+    def media(self: Any, kind: str, images: list[Any]) -> list[dict[str, torch.Tensor]]:
         if any(image.size == (1, 1) for image in images):
             raise ValueError("too small")
-        return plain(self, images)
+        return plain(self, kind, images)
 
-    monkeypatch.setattr(type(model.processor), "pixels", pixels)
+    monkeypatch.setattr(type(model.processor), "media", media)
     where = context()
     where.train = damaged(16, [], skip=False)
     where.train.rows[5]["image"] = tiny.Pillow.new("RGB", (1, 1))  # type: ignore[index]

@@ -109,6 +109,7 @@ class Probe:
             DataError: there is no data, or none of it can be used.
         """
         task, examples = self._need()
+        task.fits(self.model.family.abilities, self.model.family.name)
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))[: self.samples]
         # Even parts: a rest of one example would have a contrastive loss of zero and still count as a whole batch.
         parts = order.tensor_split(max(1, math.ceil(len(order) / self.batch_size)))
@@ -147,7 +148,7 @@ class Probe:
         module, family, (task, _) = self.model.module, self.model.family, self._need()
         for number, batch in enumerate(self.batches()):
             module.zero_grad(set_to_none=True)
-            loss = task.loss(family.forward(module, batch), batch)
+            loss = task.loss(family.forward(module, inputs_of(batch)), batch)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(f"prune: the loss of batch {number} is {value}; units cannot be scored by its gradient")
@@ -170,7 +171,7 @@ class Probe:
             for batch in self.batches():
                 masks.update(self._masks(batch))
                 with torch.no_grad():
-                    self.model.family.forward(self.model.module, batch)
+                    self.model.family.forward(self.model.module, inputs_of(batch))
                 if any(f is None for f in found):
                     raise ModelError("prune: a part whose activations are asked for did not run in the forward pass")
                 yield [f for f in found if f is not None]
@@ -184,10 +185,16 @@ class Probe:
         return {part.tower: batch["attention_mask"].bool() for part in parts if "attention_mask" in part.inputs}
 
 
+def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a family's ``forward`` takes of a task's batch."""
+    return {name: values for name, values in batch.items() if name not in ("target", "index")}
+
+
 def _hook(watch: Watch, place: int, found: list[torch.Tensor | None], masks: Mapping[str, torch.Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = _as_tokens(args[0] if args else kwargs["hidden_states"])
-        made = _as_tokens(output[0] if isinstance(output, tuple) else output)
+        conv = isinstance(module, nn.Conv2d)
+        given = _as_tokens(args[0] if args else kwargs["hidden_states"], conv)
+        made = _as_tokens(output[0] if isinstance(output, tuple) else output, conv)
         mask = masks.get(watch.tower)
         fits = mask is not None and mask.shape == given.shape[:2]
         found[place] = watch.reduce(given, made, mask if fits else None)
@@ -195,8 +202,10 @@ def _hook(watch: Watch, place: int, found: list[torch.Tensor | None], masks: Map
     return hook
 
 
-def _as_tokens(values: torch.Tensor) -> torch.Tensor:
-    """A pooled vector (B, C) as a sequence of one token."""
+def _as_tokens(values: torch.Tensor, conv: bool = False) -> torch.Tensor:
+    """A pooled vector (B, C) as a sequence of one token, and a convolution's (B, C, height, width) as one of its places."""
+    if conv:
+        return values.flatten(2).transpose(1, 2)
     return values.unsqueeze(1) if values.dim() == 2 else values
 
 

@@ -22,7 +22,9 @@ class Loss(nn.Module, ABC):
     """
 
     needs_teacher: ClassVar[bool] = True
-    """False for a loss of the student's outputs alone, whose ``teacher`` then has no embeddings."""
+    """False for a loss of the student's outputs alone, whose ``teacher`` then has none."""
+    needs: ClassVar[frozenset[str]] = frozenset({"embeddings"})
+    """What outputs must hold: ``embeddings``, or nothing for a loss that takes what there is."""
 
     def __init__(self, student_sizes: Mapping[str, int], teacher_sizes: Mapping[str, int]) -> None:
         """Takes for each tower the width D of the student's and of the teacher's embeddings."""
@@ -30,7 +32,7 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch, shape (); outputs are (B, D) for ``vision`` and (U, D) for ``text``."""
+        """The mean loss of a batch, shape (); outputs are (B, D) for ``vision`` or ``audio`` and (U, D) for ``text``."""
 
 
 class Projections(nn.Module):

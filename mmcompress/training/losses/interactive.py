@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmcompress.families.base import Batch, Outputs
+from mmcompress.families.base import Batch, Outputs, seen_tower
 from mmcompress.training.losses.base import Loss, Projections
 from mmcompress.training.similarity import contrastive, similarities
 
@@ -36,11 +36,12 @@ class Interactive(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """The mean of both ways, in nats."""
         scale = self.log_scale.clamp(max=MOST).exp()
-        pictures = self.project("vision", student.embeds["vision"])
+        seen = seen_tower(student.embeds)
+        pictures = self.project(seen, student.embeds[seen])
         texts = self.project("text", student.embeds["text"])
         right = F.one_hot(batch["target"], texts.shape[0]).bool()
         to_text = contrastive(similarities(pictures, teacher.embeds["text"], scale), right)
-        to_picture = contrastive(similarities(texts, teacher.embeds["vision"], scale), right.T)
+        to_picture = contrastive(similarities(texts, teacher.embeds[seen], scale), right.T)
         return (to_text + to_picture) / 2
 
 

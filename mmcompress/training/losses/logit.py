@@ -1,6 +1,6 @@
-"""Softened logits (Hinton): KL of the teacher's and the student's answers for each picture, at temperature 2.
+"""Softened logits (Hinton): KL of the teacher's and the student's answers for each example, at temperature 2.
 
-Shapes: B pictures, U distinct texts (the classes), D embedding width.
+Shapes: B examples, U distinct texts (the classes), D embedding width, T positions of an answer, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -8,30 +8,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.nn import functional as F
 
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.training.losses.base import Loss
-from mmcompress.training.similarity import divergence, similarities
+from mmcompress.training.similarity import divergence, own_similarities
+
+IGNORED = -100
 
 
 class Logit(Loss):
-    """Hinton et al. 2015 (arXiv 1503.02531), over the texts that each picture is compared with.
+    """Hinton et al. 2015 (arXiv 1503.02531), ``tau^2 KL(softmax(z_t / tau) || softmax(z / tau))``.
 
-    ``tau^2 KL(softmax(z_t / tau) || softmax(z / tau))`` with ``z = s I T^T`` and each model's own logit scale s; tau^2 keeps
-    the gradient's size as tau varies. Only from pictures to texts: it is for classification, where the texts of a batch
-    are the classes. Unlike `relational` it does not ask which picture suits a class best, and tau above 1 gives weight to
-    how the teacher orders the wrong classes.
+    tau^2 keeps the gradient's size as tau varies. Over embeddings z is ``s I T^T`` with each model's own logit scale s, for
+    each picture over the texts of its batch: it is for classification, where they are the classes. Unlike `relational` it
+    does not ask which picture suits a class best, and tau above 1 gives weight to how the teacher orders the wrong classes.
+
+    Over answers z are the next token's logits, at the positions where the task's loss falls (Distil-Whisper,
+    arXiv 2311.00430, equation 2), or the classes'. For classifiers with soft targets, whose classes stand each for itself, it
+    is the binary KL of each class, summed.
     """
+
+    needs = frozenset()
 
     def __init__(self, student_sizes: Mapping[str, int], teacher_sizes: Mapping[str, int], temperature: float = 2.0) -> None:
         super().__init__(student_sizes, teacher_sizes)
         self.temperature = temperature
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
-        """The mean over pictures, in nats times tau^2."""
-        ours = similarities(student.embeds["vision"], student.embeds["text"], student.logit_scale)
-        theirs = similarities(teacher.embeds["vision"], teacher.embeds["text"], teacher.logit_scale)
-        return divergence(theirs / self.temperature, ours / self.temperature) * self.temperature**2
+        """The mean over examples or positions, in nats times tau^2."""
+        if student.logits is None or teacher.logits is None:
+            ours, theirs = own_similarities(student), own_similarities(teacher)
+            return divergence(theirs / self.temperature, ours / self.temperature) * self.temperature**2
+        ours, theirs = student.logits.float() / self.temperature, teacher.logits.float() / self.temperature
+        labels = batch["labels"]
+        if labels.is_floating_point():
+            return _binary_divergence(theirs, ours) * self.temperature**2
+        if labels.dim() > 1:
+            counted = labels != IGNORED
+            ours, theirs = ours[counted], theirs[counted]
+        return divergence(theirs, ours) * self.temperature**2
+
+
+def _binary_divergence(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """The mean over rows of the sum over classes of ``KL(Bernoulli(sigmoid z_t) || Bernoulli(sigmoid z))``."""
+    right = theirs.sigmoid()
+    there = right * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    absent = (1 - right) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+    return (there + absent).sum(-1).mean()
 
 
 LOSS = Logit

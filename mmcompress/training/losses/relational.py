@@ -9,7 +9,7 @@ import torch
 
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.training.losses.base import Loss
-from mmcompress.training.similarity import divergence, similarities
+from mmcompress.training.similarity import divergence, own_similarities
 
 
 class Relational(Loss):
@@ -22,8 +22,7 @@ class Relational(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """The mean of both ways, in nats."""
-        ours = similarities(student.embeds["vision"], student.embeds["text"], student.logit_scale)
-        theirs = similarities(teacher.embeds["vision"], teacher.embeds["text"], teacher.logit_scale)
+        ours, theirs = own_similarities(student), own_similarities(teacher)
         return (divergence(theirs, ours) + divergence(theirs.T, ours.T)) / 2
 
 

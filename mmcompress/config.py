@@ -42,6 +42,15 @@ LARGEST = {
     "num_channels": 4096,
     "image_size": 2**15,
     "patch_size": 2**15,
+    "encoder_layers": 4096,
+    "decoder_layers": 4096,
+    "encoder_attention_heads": 65_536,
+    "decoder_attention_heads": 65_536,
+    "encoder_ffn_dim": 2**22,
+    "decoder_ffn_dim": 2**22,
+    "num_mel_bins": 4096,
+    "max_source_positions": 2**20,
+    "max_target_positions": 2**20,
 }
 """Config keys that count something, and numbers far above every real model: a damaged one would build for hours."""
 

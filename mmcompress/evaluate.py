@@ -45,6 +45,7 @@ def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
         "data": examples.name,
         "synthetic": examples.synthetic or source.startswith("bundled:"),
         "quality": {k: v.model_dump() for k, v in qualities(scores).items()},
+        "lower_is_better": sorted(recipe.task.lower_is_better),
         "classes": {k: v.model_dump() for k, v in class_scores(scores).items()},
         "skipped": scores.skipped,
     }
@@ -68,7 +69,7 @@ def is_onnx_folder(folder: Path) -> bool:
 def render_evaluation(found: dict[str, Any]) -> str:
     """The same as text."""
     rows = [
-        [name, f"{100 * q['value']:.2f}", f"{100 * q['low']:.2f} to {100 * q['high']:.2f}", q["n"]]
+        [_titled(name, found), f"{100 * q['value']:.2f}", f"{100 * q['low']:.2f} to {100 * q['high']:.2f}", q["n"]]
         for name, q in found["quality"].items()
     ]
     lines = [f"{found['model']} ({found['runtime']}) on {found['data']}{' (synthetic)' if found['synthetic'] else ''}", ""]
@@ -80,6 +81,10 @@ def render_evaluation(found: dict[str, Any]) -> str:
     if found["skipped"]:
         lines.append(f"\n{found['skipped']} examples were skipped: they do not decode")
     return "\n".join(lines)
+
+
+def _titled(name: str, found: dict[str, Any]) -> str:
+    return f"{name} (lower is better)" if name in found["lower_is_better"] else name
 
 
 def _percent(value: float | None) -> str:

@@ -269,14 +269,18 @@ def _load_custom(folder: Path, family: Family, config: PretrainedConfig, shapes:
     module = family.model_class()(config).eval()
     reshape_like(module, shapes)
     try:
-        module.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        held = load_file(folder / WEIGHTS_FILE)
+        by_id = {id(p): held[name] for name, p in module.named_parameters(remove_duplicate=False) if name in held}
+        # Of weights that are tied the file holds one.
+        tied = {n: by_id[id(p)] for n, p in module.named_parameters(remove_duplicate=False) if id(p) in by_id}
+        module.load_state_dict({**tied, **held})
     except (RuntimeError, SafetensorError, OSError) as e:
         raise ModelError(f"model {folder}: the weights do not fit the recorded shapes: {first_line(e)}") from e
     return module
 
 
 def reshape_like(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
-    """Gives every parameter the shape recorded for its name, and keeps the size attributes of Linear and LayerNorm right."""
+    """Gives every parameter the shape recorded for its name, and keeps the sizes that modules remember right."""
     for name, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
         for short, parameter in own.items():
@@ -288,3 +292,10 @@ def reshape_like(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
             part.out_features, part.in_features = weight.shape
         elif isinstance(part, nn.LayerNorm) and isinstance(weight, torch.Tensor):
             part.normalized_shape = tuple(weight.shape)
+        query, head_dim = getattr(part, "q_proj", None), getattr(part, "head_dim", None)
+        if isinstance(query, nn.Linear) and isinstance(head_dim, int) and hasattr(part, "num_heads"):
+            part.num_heads = shapes[f"{name}.q_proj.weight"][0] // head_dim  # Whisper's attention splits its outputs by it
+        if isinstance(getattr(part, "value", None), nn.Linear) and hasattr(part, "all_head_size"):
+            # Attention as BERT writes it (ViLT, and others after it) shapes its outputs by what it remembers.
+            part.all_head_size = shapes[f"{name}.value.weight"][0]
+            part.num_attention_heads = part.all_head_size // part.attention_head_size

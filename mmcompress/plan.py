@@ -59,7 +59,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     int8 = False
     rate = _flops_per_second()
     for i, step in enumerate(recipe.passes):
-        wrong = step.check_against(family.towers, sizes)
+        wrong = step.check_against(family, sizes)
         if wrong:
             mistakes += [f"passes.{i} ({step.name}): {text}" for text in wrong]
             continue

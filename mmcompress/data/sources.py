@@ -1,4 +1,4 @@
-"""A recipe's ``data`` section to Examples: bundled scenes, local files, folders of images, hub data sets."""
+"""A recipe's ``data`` section to Examples: bundled data, local files, folders of images, hub data sets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from mmcompress.data.examples import ROLE_NAMES, Examples, guess_columns, undecoded
+from mmcompress.data.scenes import Scenes
 from mmcompress.data.shapes import CLASSES, Shapes
+from mmcompress.data.tones import Tones
 from mmcompress.errors import DataError, one_of
 from mmcompress.recipe import Data, Source
 
+BUNDLED: Mapping[str, type[Shapes] | type[Scenes] | type[Tones]] = {"shapes": Shapes, "scenes": Scenes, "tones": Tones}
+"""Synthetic data by name: called with a split, a count and a seed; roles are guessed from the rows' keys."""
 BUNDLED_SPLIT = {"train": "train", "calibration": "train", "eval": "test"}
 BUNDLED_COUNT = {"train": 20_000, "validation": 1_000, "test": 2_000}
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
@@ -79,15 +83,16 @@ def _check_columns(columns: Mapping[str, str], names: Sequence[str], name: str) 
 
 
 def _bundled(source: Source, name: str, which: str, seed: int, shown: str) -> Examples:
-    if name != "shapes":
-        raise DataError(f"data.{which}.path: " + one_of("bundled data set", name, ["shapes"]))
+    if name not in BUNDLED:
+        raise DataError(f"data.{which}.path: " + one_of("bundled data set", name, list(BUNDLED)))
     split = source.split or BUNDLED_SPLIT[which]
     if split not in BUNDLED_COUNT:
         raise DataError(f"data.{which}.split: " + one_of("split", split, list(BUNDLED_COUNT)))
-    rows = Shapes(cast(Any, split), source.samples or BUNDLED_COUNT[split], seed)
-    columns = {"image": "image", "text": "text", "label": "label"} | source.columns
+    rows = BUNDLED[name](cast(Any, split), source.samples or BUNDLED_COUNT[split], seed)
+    columns = guess_columns(list(rows[0])) | source.columns
     _check_columns(columns, list(rows[0]), shown)
-    return Examples(rows, shown, columns, source.classes or CLASSES, source.skip_damaged, synthetic=True)
+    classes = source.classes or (CLASSES if "label" in columns else None)
+    return Examples(rows, shown, columns, classes, source.skip_damaged, synthetic=True)
 
 
 def _read(source: Source, paths: Sequence[str], name: str) -> datasets.Dataset:

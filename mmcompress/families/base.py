@@ -219,6 +219,14 @@ class Family(ABC):
     def shrunk_config(self, module: PreTrainedModel) -> PretrainedConfig | None:
         """The stock config that describes the module as it is now cut, or None where no stock config can."""
 
+    def settle(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
+        """Mends what speaks of the old sizes besides weights and config, such as generation settings; mostly nothing does.
+
+        Args:
+            before: the module as it was cut, with the config that it had before.
+            after: the fresh one; changed in place.
+        """
+
     @abstractmethod
     def components(self, module: PreTrainedModel) -> dict[str, Component]:
         """The parts that run by themselves, by name."""

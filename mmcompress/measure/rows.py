@@ -11,6 +11,7 @@ import numpy as np
 from mmcompress.data.examples import Examples
 from mmcompress.data.prepare import WORDS, prepared, prepared_rows
 from mmcompress.errors import DataError, ModelError
+from mmcompress.families.base import Arrays
 from mmcompress.measure import latency, quality, size
 from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
@@ -154,13 +155,17 @@ def export_float(model: CompressedModel, folder: Path, reporter: Reporter) -> Pa
 
 
 def parity(model: CompressedModel, predict: Predict, task: Task, examples: Examples) -> dict[str, Parity]:
-    """Compares components with torch on real examples: the first of the data, and the texts that go with them.
+    """Compares components with torch on real examples: the first of the data, and the texts that go with them."""
+    return parity_over(model, predict, real_inputs(model, task, examples))
+
+
+def parity_over(model: CompressedModel, predict: Predict, batch: Arrays) -> dict[str, Parity]:
+    """Compares components with torch on one batch, as the family's ``forward`` takes it.
 
     Every component is given torch's own outputs of the components before it, so that its own difference is seen. A decoder is
     compared over whole texts and with a cache.
     """
     reference = TorchPredict(model)
-    batch = real_inputs(model, task, examples)
     found: dict[str, Parity] = {}
     for name, given in model.family.walk(reference, batch, model.module):
         ours, theirs = reference(name, given), predict(name, given)

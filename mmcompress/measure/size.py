@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.families.base import count, tower_parameters
 from mmcompress.model import WEIGHTS_FILE, CompressedModel
+from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.runtimes.onnx_predict import component_files
 
 
@@ -42,16 +43,12 @@ def flops_by_component(model: CompressedModel) -> dict[str, int]:
     `families.base.NEW_TOKENS` tokens of it.
     """
     found: dict[str, int] = {}
-    implementation = model.module.config._attn_implementation
     # The counter knows eager matrix products on every device; fused CPU attention kernels it may not.
-    model.module.set_attn_implementation("eager")
-    try:
+    with eager_attention(model.module):
         parts = model.family.components(model.module)
         for call in model.family.calls(model.module, 1):
             part = parts[call.component]
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 part.module(*[call.inputs[i] for i in part.inputs])
             found[part.name] = found.get(part.name, 0) + call.times * int(counter.get_total_flops())
-    finally:
-        model.module.set_attn_implementation(implementation)
     return found

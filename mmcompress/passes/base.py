@@ -7,7 +7,7 @@ inside ``apply``, because a recipe with a wrong sixth pass must be refused in a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmcompress.context import Context
 
 if TYPE_CHECKING:
+    from mmcompress.families.base import Family
     from mmcompress.model import CompressedModel
 
 Ratio = float | dict[str, float]
@@ -58,7 +59,7 @@ class Pass(BaseModel, ABC):
             context: what a run gives its passes; made from ``data`` when left out.
         """
         if context is None:
-            context = make_context(data)
+            context = make_context(data, model.family.abilities)
         new, result = self.run(model, context)
         settings = self.model_dump(mode="json", by_alias=True, exclude={"name"})
         new.history = [*model.history, {"pass": self.name, "settings": settings, "result": result}]
@@ -66,8 +67,8 @@ class Pass(BaseModel, ABC):
             new.onnx = None  # files of the old weights
         return new
 
-    def check_against(self, towers: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-        """What is wrong with the settings for a model of these towers and sizes, a sentence each; no weights are needed."""
+    def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """What is wrong with the settings for a model of this family and these sizes, a sentence each; no weights are needed."""
         return []
 
     def plan(self, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
@@ -75,12 +76,12 @@ class Pass(BaseModel, ABC):
         return {tower: dict(axes) for tower, axes in sizes.items()}
 
 
-def make_context(data: Any) -> Context:
-    """A context for a pass that is called from Python with nothing but data."""
+def make_context(data: Any, abilities: frozenset[str]) -> Context:
+    """A context for a pass that is called from Python with nothing but data, on a model of these abilities."""
     if data is None:
         return Context()
     from mmcompress.data.examples import as_examples  # loads `datasets`, which recipe checks do without
     from mmcompress.tasks._guess import guess_task
 
     examples = as_examples(data)
-    return Context(task=guess_task(examples), train=examples)
+    return Context(task=guess_task(examples, abilities), train=examples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from mmcompress.passes.base import Pass
 from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:
+    from mmcompress.families.base import Family
     from mmcompress.model import CompressedModel
 
 
@@ -23,9 +24,9 @@ class Distill(DistillationSettings, Pass):
 
     name: Literal["distill"] = Field("distill", alias="pass", description="The pass's name.")
 
-    def check_against(self, towers: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with ``freeze`` for a model of these towers."""
-        return self.freeze_mistakes(towers)
+        return self.freeze_mistakes(family.towers)
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Trains a copy of the model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +14,7 @@ from mmcompress.passes.base import Pass
 from mmcompress.pruning.units import Axis, Scope, Shares
 
 if TYPE_CHECKING:
+    from mmcompress.families.base import Family
     from mmcompress.model import CompressedModel
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -32,11 +33,12 @@ class Prune(Pass):
     axis: Axis = Field(
         "ffn",
         description="What is cut: `ffn` hidden units of the feed-forward layers, `depth` whole layers, `width` the residual "
-        "width together with whole heads, `heads` attention heads alone (CLIP has no config key for it: allow_custom).",
+        "width together with whole heads, `heads` attention heads alone (only decoders with grouped queries have a config key "
+        "for it; elsewhere allow_custom). `mmcompress inspect <model>` shows what each tower has.",
     )
     ratio: Share | dict[str, Share] = Field(
-        description="Share of the units to cut, 0 to under 1: one number for all towers, or a number for each tower by name. "
-        "A tower with 0 or none stays as it is.",
+        description="Share of the units to cut, 0 to under 1: one number for all towers that have the axis, or a number for each "
+        "tower by name. A tower with 0 or none stays as it is.",
     )
     criterion: str = Field(
         "magnitude",
@@ -91,23 +93,36 @@ class Prune(Pass):
             raise ValueError(
                 f"scope: tower gives layers of differing widths, which no stock config can say; use scope: layer, {otherwise}"
             )
-        if self.axis == "heads":
-            raise ValueError(
-                f"axis: heads alone leaves a shape that no stock config of CLIP can say; use axis: width, {otherwise}"
-            )
         return self
 
-    def _shares(self, towers: Sequence[str]) -> Shares:
-        ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(towers, self.ratio)
+    def _shares(self, sizes: Mapping[str, Mapping[str, Any]]) -> Shares:
+        having = [tower for tower, axes in sizes.items() if self.axis in axes] or list(sizes)
+        ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(having, self.ratio)
         return Shares(self.axis, ratios, self.round_to, self.scope)
 
-    def check_against(self, towers: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def _unlike(self, family: Family, shares: Shares) -> list[str]:
+        """What the family cannot do: shapes without a stock config, towers cut apart that share a size."""
+        wrong = []
+        cut = shares.towers()
+        if not self.allow_custom and self.axis in family.axes and self.axis not in family.stock_axes:
+            instead = "use axis: width, or " if self.axis == "heads" and "width" in family.stock_axes else ""
+            wrong.append(
+                f"axis: {self.axis} alone leaves a shape that no stock config of the family {family.name} can say; {instead}set "
+                "allow_custom: true, and only mmcompress and ONNX runtimes load the result"
+            )
+        together = family.cut_together(self.axis)
+        if any(tower in together for tower in cut) and len({shares.ratios.get(tower, 0.0) for tower in together}) > 1:
+            wrong.append(f"ratio: the towers {' and '.join(together)} share their {self.axis}; give all of them the same ratio")
+        return wrong
+
+    def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What cannot be cut in a model of these sizes: unknown towers and axes, shares that round to nothing or to all."""
-        return self._shares(towers).mistakes(towers, sizes)
+        shares = self._shares(sizes)
+        return [*self._unlike(family, shares), *shares.mistakes(family.towers, sizes)]
 
     def plan(self, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
         """The towers' sizes after the pass; with scope `tower` the mean over the layers."""
-        return self._shares(list(sizes)).plan(sizes)
+        return self._shares(sizes).plan(sizes)
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Scores, cuts and rebuilds a copy of the model.
@@ -124,8 +139,8 @@ class Prune(Pass):
         from mmcompress.training.device import pick_device
 
         before = cut.sizes(model)
-        shares = self._shares(model.family.towers)
-        mistakes = shares.mistakes(model.family.towers, cut.smallest(before))
+        shares = self._shares(before)
+        mistakes = self.check_against(model.family, cut.smallest(before))
         if mistakes:
             raise RecipeError("prune: " + "; ".join(mistakes))
         criterion = registry.find("criteria", self.criterion).CRITERION()

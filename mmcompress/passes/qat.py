@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from mmcompress.families.base import Family
     from mmcompress.model import CompressedModel
 
 CALIBRATION_BATCHES = 8
@@ -46,9 +47,9 @@ class Qat(DistillationSettings, Pass):
         0.5, ge=0, le=1, description="Share of the steps, 0 to 1, after which the ranges of the activations stay as they are."
     )
 
-    def check_against(self, towers: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with ``freeze`` for a model of these towers."""
-        return self.freeze_mistakes(towers)
+        return self.freeze_mistakes(family.towers)
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Calibrates, trains and exports a copy of the model.

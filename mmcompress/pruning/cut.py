@@ -90,7 +90,7 @@ def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGrou
                 slices.setdefault((id(parameter), dim), Slice(names[id(parameter)], parameter, dim, index, unit))
             if isinstance(target.module, nn.LayerNorm):
                 norms.append(Tap(target.module, "output", index, unit))
-            elif isinstance(target.module, (nn.Linear, nn.Conv2d)) and item.dep.handler.__name__ == "prune_in_channels":
+            elif isinstance(target.module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and item.dep.handler.__name__ == "prune_in_channels":
                 readers.append(Tap(target.module, "input", index, unit))
     # On a residual stream every reader sits behind a LayerNorm, whose output it sees; q, k, v and fc1 would count it often.
     taps = {id(tap.module): tap for tap in norms or readers}
@@ -305,6 +305,7 @@ def rebuild(model: CompressedModel, allow_custom: bool) -> None:
         fresh.set_attn_implementation(old.config._attn_implementation)
     if getattr(old, "generation_config", None) is not None:
         fresh.generation_config = old.generation_config
+    family.settle(old, fresh)
     model.module = fresh.eval()
 
 

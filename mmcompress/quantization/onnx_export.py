@@ -74,7 +74,7 @@ def export_component(
     module = component.module
     arguments = tuple(example_inputs[name] for name in component.inputs)
     axes = [dict(component.dynamic_axes.get(name, {})) for name in component.inputs]
-    with _eval_mode(module), _eager_attention(module), warnings.catch_warnings():
+    with _eval_mode(module), eager_attention(module), warnings.catch_warnings():
         # The exporter warns about its own internals (pytree, shared axis names); none of it is the user's doing.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -133,7 +133,7 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_attention(module: nn.Module) -> Iterator[None]:
+def eager_attention(module: nn.Module) -> Iterator[None]:
     """Has transformers' modules write attention out as products and a softmax.
 
     The graph of SDPA's decomposition holds 36 more Slice and 24 more Reshape nodes for 12 layers, and no kernel of

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from mmcompress import registry
 from mmcompress.data.examples import Examples
 from mmcompress.errors import DataError
-from mmcompress.tasks.audio_text_retrieval import AudioTextRetrieval
 from mmcompress.tasks.base import Task
-from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval
-from mmcompress.tasks.zero_shot_audio_classification import ZeroShotAudioClassification
-from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 
 
-def guess_task(examples: Examples) -> Task:
-    """Retrieval for pictures or recordings with texts, zero-shot classification for those with labels.
+def guess_task(examples: Examples, abilities: frozenset[str] = frozenset({"image", "embeddings"})) -> Task:
+    """The task that reads the most of the data's columns among those that the model can do; of equals the first by name.
+
+    Args:
+        abilities: what the model's family can do; see `families.base.Family.abilities`.
 
     Raises:
-        DataError: the data has neither texts nor labels with class names.
+        DataError: no task finds all columns that it reads.
     """
-    image = examples.kind == "image"
-    if "text" in examples.columns:
-        retrieval = ImageTextRetrieval if image else AudioTextRetrieval
-        return retrieval.model_validate({"type": f"{examples.kind}-text-retrieval"})
-    if "label" in examples.columns and examples.classes:
-        classification = ZeroShotImageClassification if image else ZeroShotAudioClassification
-        return classification.model_validate({"type": f"zero-shot-{examples.kind}-classification"})
-    have = ", ".join(examples.column_names())
-    raise DataError(f"{examples.name}: no column of texts or of labels with class names; columns are: {have}")
+    fitting: list[tuple[int, bool, str]] = []
+    for name in registry.names("tasks"):
+        task: type[Task] = registry.find("tasks", name).TASK
+        roles = set(task.roles) - task.optional
+        named = "label" not in roles or bool(examples.classes)
+        if task.needs <= abilities and roles <= set(examples.columns) and named:
+            # A text says more than a label: with both, retrieval is meant.
+            fitting.append((-len(roles), "text" not in roles, name))
+    if not fitting:
+        have = ", ".join(examples.column_names())
+        raise DataError(
+            f"{examples.name}: no task of this model finds the columns that it reads (texts, labels with class names, questions "
+            f"with answers); columns are: {have}"
+        )
+    best = min(fitting)[2]
+    made: Task = registry.find("tasks", best).TASK.model_validate({"type": best})
+    return made

@@ -56,17 +56,20 @@ def test_an_exclude_that_matches_nothing_is_a_mistake(model: mm.CompressedModel,
     mm.passes.Quantize(scheme="int8-dynamic", exclude=["visual_projection"]).apply(model, context=context)
 
 
-def test_export_keeps_what_is_quantized_and_adds_the_rest(model: mm.CompressedModel, context: Context) -> None:
+def test_export_keeps_what_is_quantized_and_adds_the_rest(model: mm.CompressedModel, context: Context, tmp_path: Path) -> None:
     plain = mm.passes.Export().apply(model, context=context)
     assert plain.onnx is not None
-    assert sorted(p.name for p in plain.onnx.iterdir()) == ["text_model.onnx", "vision_model.onnx"]
+    assert sorted(p.name for p in plain.onnx.iterdir()) == ["model.onnx", "text_model.onnx", "vision_model.onnx"]
     assert context.facts["parity"]["vision_model"]["min_cosine"] > 0.99999
     context.workdir = context.workdir / "two"  # type: ignore[operator]
     quantized = mm.passes.Quantize(scheme="int8-dynamic").apply(model, context=context)
     context.workdir = context.workdir / "three"
     both = mm.passes.Export(keep_float=True).apply(quantized, context=context)
     assert both.onnx is not None
-    assert len(list(both.onnx.iterdir())) == 4
+    assert len(list(both.onnx.iterdir())) == 6
+    apart = mm.passes.Export(combined=False).apply(quantized, context=Context(workdir=tmp_path))
+    assert apart.onnx is not None
+    assert sorted(p.name for p in apart.onnx.iterdir()) == ["text_model_quantized.onnx", "vision_model_quantized.onnx"]
     assert [h["pass"] for h in both.history] == ["quantize", "export"]
 
 

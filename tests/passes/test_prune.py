@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mmcompress import model as models
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
+from mmcompress.families.clip import FAMILY, Clip
 from mmcompress.model import CompressedModel
 from mmcompress.passes.prune import PASS, Prune
 from tests import tiny
@@ -126,9 +127,10 @@ CUSTOM = [{"axis": "heads", "ratio": 0.5}, {"axis": "ffn", "scope": "tower", "ra
 
 
 @pytest.mark.parametrize("settings", CUSTOM)
-def test_custom_shapes_are_refused_unless_allowed(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="allow_custom: true"):
-        Prune(**settings)
+def test_custom_shapes_are_refused_unless_allowed(settings: dict[str, Any], ready: CompressedModel) -> None:
+    # What no family can say is refused with the recipe; what this family cannot say, once the model is known.
+    with pytest.raises((ValidationError, RecipeError), match="allow_custom: true"):
+        Prune(**settings).apply(ready)
 
 
 @pytest.mark.parametrize("settings", CUSTOM)
@@ -179,13 +181,34 @@ def test_bad_settings_say_why(settings: dict[str, Any], said: str) -> None:
         Prune(**settings)
 
 
+class Joined(Clip):
+    """As if both towers read one config key."""
+
+    def cut_together(self, axis: str) -> tuple[str, ...]:
+        return self.towers
+
+
+def test_one_number_is_for_the_towers_that_have_the_axis() -> None:
+    sizes = {"vision": {"ffn": 96}, "text": {"ffn": 64, "depth": 2}}
+    step = Prune(axis="depth", ratio=0.5)
+    assert step.check_against(FAMILY, sizes) == []
+    assert step.plan(sizes) == {"vision": {"ffn": 96}, "text": {"ffn": 64, "depth": 1}}
+    (said,) = Prune(axis="depth", ratio={"vision": 0.5}).check_against(FAMILY, sizes)
+    assert "depth cannot be cut in the vision tower; it has: ffn" in said
+
+
 def test_check_and_plan_need_sizes_only() -> None:
     step = Prune.model_validate({"pass": "prune", "axis": "ffn", "ratio": {"vision": 0.5, "txt": 0.5}})
     assert PASS is Prune
-    (said,) = step.check_against(["vision", "text"], SIZES)
+    (said,) = step.check_against(FAMILY, SIZES)
     assert "unknown tower 'txt'" in said
     assert "did you mean 'text'" in said
-    assert Prune(ratio=0.5).check_against(["vision", "text"], SIZES) == []
+    assert Prune(ratio=0.5).check_against(FAMILY, SIZES) == []
+    (said,) = Prune(ratio=0.5, axis="heads").check_against(FAMILY, SIZES)
+    assert "use axis: width" in said
+    (said,) = Prune(ratio={"vision": 0.5}).check_against(Joined(), SIZES)
+    assert "vision and text share their ffn" in said
+    assert Prune(ratio=0.5).check_against(Joined(), SIZES) == []
     assert Prune(axis="depth", ratio=0.5).plan(SIZES)["text"]["depth"] == 1
 
 

@@ -17,6 +17,7 @@ from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
 from mmcompress.families.base import Batch, Outputs
+from mmcompress.families.clip import FAMILY
 from mmcompress.model import CompressedModel
 from mmcompress.passes.base import Pass
 from mmcompress.passes.distill import Distill
@@ -202,8 +203,8 @@ def test_settings_are_checked_without_torch() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         Finetune.model_validate({"pass": "finetune", "lr": 1})
     assert Distill(losses={"feature": 2}).losses == {"task": 1.0, "feature": 2}
-    assert Finetune().check_against(["vision", "text"], {}) == []
-    assert "did you mean 'text'" in Finetune(freeze=["txt"]).check_against(["vision", "text"], {})[0]
+    assert Finetune().check_against(FAMILY, {}) == []
+    assert "did you mean 'text'" in Finetune(freeze=["txt"]).check_against(FAMILY, {})[0]
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,7 @@ def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _hook(watch: Watch, place: int, found: list[torch.Tensor | None], masks: Mapping[str, torch.Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        conv = isinstance(module, nn.Conv2d)
+        conv = isinstance(module, (nn.Conv1d, nn.Conv2d))
         given = _as_tokens(args[0] if args else kwargs["hidden_states"], conv)
         made = _as_tokens(output[0] if isinstance(output, tuple) else output, conv)
         mask = masks.get(watch.tower)

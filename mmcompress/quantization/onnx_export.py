@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import onnx
 import onnx_ir
 import torch
 from torch import nn
 
+from mmcompress.quantization.onnx_file import write_model
+
 DEFAULT_OPSET = 20
 EXTERNAL_DATA_LIMIT_BYTES = 1_800_000_000
 """Weights above this go beside the file: protobuf cannot hold 2 GiB, and the graph needs room too."""
+EXTERNAL_DATA_SUFFIX = "_data"
+"""What follows the name of the file whose weights lie beside it: transformers.js and Optimum look for ``model.onnx_data``."""
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -55,7 +60,7 @@ def export_component(
     """Writes a component as one ONNX file, with the batch (and what else is named) left open.
 
     Nodes are named `<module path>/<op type>`, so that tools that work on the file can speak of the model's layers.
-    Weights above `EXTERNAL_DATA_LIMIT_BYTES` are written to `<path>.data`. The graph holds that file's name, so
+    Weights above `EXTERNAL_DATA_LIMIT_BYTES` are written to `<path>_data`. The graph holds that file's name, so
     rename the folder afterwards, not the file.
 
     Args:
@@ -92,7 +97,25 @@ def export_component(
     _name_axes(component, program.model.graph)
     _name_nodes(program.model.graph)
     _strip_metadata(program.model)
-    program.save(str(path), external_data=_weight_bytes(program.model.graph) > EXTERNAL_DATA_LIMIT_BYTES)
+    _save(program.model, path)
+
+
+def _save(model: onnx_ir.Model, path: Path) -> None:
+    values = dict(model.graph.initializers)
+    if _weight_bytes(model.graph) > EXTERNAL_DATA_LIMIT_BYTES:
+        onnx_ir.save(model, path, external_data=f"{path.name}{EXTERNAL_DATA_SUFFIX}")
+        return
+    model.graph.initializers.clear()
+
+    def tensors() -> Iterator[onnx.TensorProto]:
+        for name, value in values.items():
+            if value.const_value is None:
+                raise ExportError(f"{path.name}: the weight {name} has no value")
+            tensor = onnx_ir.to_proto(value.const_value)
+            tensor.name = name
+            yield tensor
+
+    write_model(onnx_ir.to_proto(model), tensors, path)
 
 
 def _check_examples(component: ComponentSpec, example_inputs: Mapping[str, torch.Tensor]) -> None:

@@ -5,15 +5,15 @@ Shapes: V rows of an embedding table, D its width.
 
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import helper, numpy_helper
-from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mmcompress.quantization.naming import is_excluded, module_path
-from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES
+from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES, EXTERNAL_DATA_SUFFIX
+from mmcompress.quantization.onnx_file import write_model
 
 PRODUCT_OPS = ("MatMul", "Gemm", "Conv")
 MIN_TABLE_BYTES = 65_536
@@ -34,36 +34,37 @@ def is_large(path: Path) -> bool:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a model, with external data in `<path>.data` when it is too large for one file."""
+    """Writes a model, with external data in `<path>_data` when it is too large for one file."""
     # Not ByteSize(): protobuf refuses to measure what is larger than it can hold.
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_LIMIT_BYTES:
+        data = f"{path.name}{EXTERNAL_DATA_SUFFIX}"
         # onnx appends to a data file that exists.
-        Path(f"{path}.data").unlink(missing_ok=True)
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
-    else:
-        onnx.save_model(model, path)
+        (path.parent / data).unlink(missing_ok=True)
+        onnx.save_model(model, path, save_as_external_data=True, location=data)
+        return
+    write_model(model, lambda: model.graph.initializer, path)
 
 
 def prepare(source: Path, target: Path) -> None:
-    """Makes a file that ONNX Runtime's quantizers accept: constants folded, stale shapes dropped.
+    """Makes a file that ONNX Runtime's quantizers accept: constants folded, stale shapes dropped, weights in `<target>_data`.
 
-    Symbolic shape inference is skipped: it costs the most time, fails on some graphs, and the quantizers need types
-    only, which the plain inference gives. The value infos are dropped because the dynamic quantizer turns Gemm into
-    MatMul with a transposed weight, and then trips over the weight's old shape.
+    This is the part of `quant_pre_process` that the quantizers need; the whole of it holds the weights four times. Shapes are
+    not inferred: the quantizers do that themselves, and the dynamic one turns Gemm into MatMul with a transposed weight, and
+    then trips over the weight's old shape.
     """
-    large = is_large(source)
-    with TemporaryDirectory(prefix="mmcompress-") as scratch:
-        inferred = Path(scratch) / "inferred.onnx"
-        quant_pre_process(
-            str(source),
-            str(inferred),
-            skip_symbolic_shape=True,
-            save_as_external_data=large,
-            all_tensors_to_one_file=large,
-        )
-        model = onnx.load(inferred)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(target)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    # Small constants (shapes, axes) stay in the graph, where shape inference looks for their values.
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}_data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(target, load_external_data=False)
     del model.graph.value_info[:]
-    save(model, target)
+    # Else the quantizers advise to do what was just done.
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    onnx.save_model(model, target)
 
 
 def weight_names(model: onnx.ModelProto) -> set[str]:

@@ -200,8 +200,10 @@ def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
     replaced = onnx_graph.quantize_tables(model, plan.patterns)
-    if replaced:
+    beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
+    if replaced or beside.exists():
         onnx_graph.save(model, target)
+        beside.unlink(missing_ok=True)
     # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.
     float_names = {node.name.removesuffix("_MatMul") for node in onnx_graph.weighted_nodes(model)}
     return QuantizationResult(

@@ -1,0 +1,249 @@
+"""Each family at its published size, with random weights: size, speed, parity and peak memory, before and after a 50% ffn prune.
+
+    python benchmarks/families.py [--only whisper-base]... [--threads 2] [--seconds 1] [--out results.json]
+
+Every step of every family runs in a process of its own, so that its peak memory is its own: building, cutting, and for the whole
+and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
+size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
+cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; above that the exit code is 1.
+
+Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from published import PUBLISHED, Published
+from tabulate import tabulate
+from transformers import PretrainedConfig
+
+import mmcompress as mm
+from mmcompress.config import family_of
+from mmcompress.context import Context
+from mmcompress.environment import environment
+from mmcompress.logs import silence_libraries
+from mmcompress.measure import latency, size, worker
+from mmcompress.measure.rows import parity_over
+from mmcompress.model import CompressedModel
+from mmcompress.processor import Processor
+from mmcompress.runtimes.onnx_predict import OnnxPredict
+
+VARIANTS = ("whole", "cut")
+PRECISIONS = ("fp32", "int8")
+TIMES_FLOAT, AND_BYTES = 3, 2_000_000_000
+"""The most memory that cutting, exporting and quantizing may take: so many times the float32 bytes, and so many bytes more."""
+
+
+def config_of(one: Published) -> PretrainedConfig:
+    """The published config, which names its architecture as the checkpoint's does."""
+    config = one.config()
+    config.architectures = [one.architecture]
+    return config
+
+
+def opened(name: str, folder: Path) -> CompressedModel:
+    """A model that an earlier step wrote. No step here reads data, so that it needs no tokenizer."""
+    config = config_of(PUBLISHED[name])
+    family = family_of(config, name)
+    module = family.model_class().from_pretrained(folder).eval()
+    return CompressedModel(module, Processor(None, family=family, config=module.config), family, name)
+
+
+def facts(model: CompressedModel, folder: Path) -> dict[str, Any]:
+    """Parameters and bytes of a model and its towers."""
+    towers = size.parameters_by_tower(model)
+    return {"parameters": model.parameters(), "towers": towers, "disk_bytes": size.torch_bytes(folder)}
+
+
+def build(name: str, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Makes the model and writes it; its number of parameters must be the published one."""
+    config = config_of(PUBLISHED[name])
+    family = family_of(config, name)
+    torch.manual_seed(0)
+    module = family.model_class()(config).eval()
+    model = CompressedModel(module, Processor(None, family=family, config=config), family, name)
+    if model.parameters() != PUBLISHED[name].parameters:
+        raise SystemExit(f"{name}: has {model.parameters()} parameters, the published one {PUBLISHED[name].parameters}")
+    module.save_pretrained(work / "whole", max_shard_size="100GB")
+    return facts(model, work / "whole")
+
+
+def cut(name: str, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Cuts half of the FFN units; the folder must load with stock transformers, which the next step does."""
+    model = mm.passes.Prune(axis="ffn", ratio=0.5).apply(opened(name, work / "whole"))
+    peak = worker.peak_memory_bytes()
+    model.module.save_pretrained(work / "cut", max_shard_size="100GB")
+    return {**facts(model, work / "cut"), "peak_memory_bytes": peak}
+
+
+def make_files(name: str, work: Path, variant: str, precision: str) -> dict[str, Any]:
+    """Exports, or quantizes."""
+    model = opened(name, work / variant)
+    made = mm.passes.Export(combined=False) if precision == "fp32" else mm.passes.Quantize(scheme="int8-dynamic")
+    scratch = work / f"{variant}-{precision}"
+    start = time.perf_counter()
+    made.apply(model, context=Context(workdir=scratch))
+    return {
+        "disk_bytes": sum(size.onnx_bytes(scratch).values()),
+        "peak_memory_bytes": worker.peak_memory_bytes(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def compare(name: str, work: Path, variant: str, precision: str) -> dict[str, Any]:
+    """The largest difference and the least cosine between each component's outputs and torch's, on two random examples."""
+    model = opened(name, work / variant)
+    batch = {k: v.numpy() for k, v in model.family.example_batch(model.module.config, 2).items()}
+    found = parity_over(model, OnnxPredict(work / f"{variant}-{precision}"), batch)
+    return {component: one.model_dump() for component, one in found.items()}
+
+
+def time_torch(name: str, work: Path, variant: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of all components and of each, as `measure.worker` times them."""
+    torch.set_num_threads(given.threads)
+    model = opened(name, work / variant)
+    parts = model.family.components(model.module)
+    calls: worker.Calls = []
+    for call in model.family.calls(model.module, 1):
+        calls.append((call.component, call.times, runner(parts[call.component], call.inputs)))
+    found = {"together": latency.summarize(worker.timed(lambda: worker.run_all(calls), given.seconds)).model_dump()}
+    for component in dict.fromkeys(name for name, _, _ in calls):
+        own = [call for call in calls if call[0] == component]
+        found[component] = latency.summarize(worker.timed(lambda own=own: worker.run_all(own), given.seconds)).model_dump()
+    return found
+
+
+def runner(part: Any, inputs: Any) -> Callable[[], Any]:
+    """One call of a component."""
+    tensors = [inputs[i] for i in part.inputs]
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return part.module(*tensors)
+
+    return run
+
+
+def time_onnx(name: str, work: Path, variant: str, precision: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The same of ONNX files, in a process that never loads torch."""
+    model = opened(name, work / variant)
+    folder = work / f"{variant}-{precision}"
+    settings: dict[str, Any] = {"batch_sizes": [1], "threads": given.threads, "seconds": given.seconds}
+    found = latency.measure(folder, "onnxruntime", family=model.family, module=model.module, **settings)
+    return {
+        "together": found["latency_ms"]["1"].model_dump(),
+        **{component: by["1"].model_dump() for component, by in found["components"].items()},
+        "busy_cores": found["busy_cores"],
+    }
+
+
+def steps(given: argparse.Namespace) -> dict[str, Callable[[str, Path], dict[str, Any]]]:
+    """What is done with a family, in order; each by its name in a process of its own."""
+    found: dict[str, Callable[[str, Path], dict[str, Any]]] = {
+        "build": lambda name, work: build(name, work, given),
+        "cut": lambda name, work: cut(name, work, given),
+    }
+    for variant in VARIANTS:
+        for precision in PRECISIONS:
+            where = (variant, precision)
+            found[f"make {variant} {precision}"] = lambda name, work, w=where: make_files(name, work, *w)
+            found[f"parity {variant} {precision}"] = lambda name, work, w=where: compare(name, work, *w)
+            found[f"latency {variant} {precision}"] = lambda name, work, w=where: time_onnx(name, work, *w, given)
+        found[f"latency {variant} torch"] = lambda name, work, v=variant: time_torch(name, work, v, given)
+    return found
+
+
+def in_a_process(name: str, step: str, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Runs one step and reads what it found."""
+    words = [__file__, "--only", name, "--step", step, "--work", str(work)]
+    words += ["--threads", str(given.threads), "--seconds", str(given.seconds)]
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {step} failed, see above")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """All that is found out about one family."""
+    found: dict[str, Any] = {"family": name, "hub": PUBLISHED[name].hub}
+    with tempfile.TemporaryDirectory(prefix="mmcompress-") as scratch:
+        for step in steps(given):
+            print(f"{name}: {step}", file=sys.stderr, flush=True)
+            found[step] = in_a_process(name, step, Path(scratch), given)
+    found["memory_limit_bytes"] = TIMES_FLOAT * 4 * found["build"]["parameters"] + AND_BYTES
+    return found
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Three tables of one family."""
+    sizes, speeds, peaks = [], [], []
+    for variant, step in zip(VARIANTS, ("build", "cut"), strict=True):
+        row = [variant, found[step]["parameters"] / 1e6, found[step]["disk_bytes"] / 1e6]
+        sizes.append(row + [found[f"make {variant} {p}"]["disk_bytes"] / 1e6 for p in PRECISIONS])
+        for component in found[f"latency {variant} torch"]:
+            row = [variant, component, *(found[f"latency {variant} {r}"][component]["p50"] for r in ("torch", *PRECISIONS))]
+            for precision in PRECISIONS:
+                one = found[f"parity {variant} {precision}"].get(component)
+                row += [one["max_abs_difference"], one["min_cosine"]] if one else [None, None]
+            speeds.append(row)
+    limit = found["memory_limit_bytes"]
+    for step in memory_steps():
+        peak = found[step]["peak_memory_bytes"]
+        peaks.append([step, peak / 1e9, limit / 1e9, "yes" if peak <= limit else "NO"])
+    speed_heads = ["model", "component", "torch ms", "fp32 ms", "int8 ms", "fp32 gap", "fp32 cosine", "int8 gap", "int8 cosine"]
+    size_heads = ["model", "M parameters", "torch MB", "ONNX fp32 MB", "ONNX int8 MB"]
+    return "\n\n".join(
+        [
+            f"{found['family']} ({found['hub']}), random weights",
+            tabulate(sizes, headers=size_heads, floatfmt=".1f"),
+            tabulate(speeds, headers=speed_heads, floatfmt=("", "", ".2f", ".2f", ".2f", ".1e", ".6f", ".1e", ".6f")),
+            tabulate(peaks, headers=["step", "peak GB", "limit GB", "within"], floatfmt=".2f"),
+        ]
+    )
+
+
+def memory_steps() -> list[str]:
+    """The steps whose memory is held against the limit."""
+    return ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
+
+
+def main() -> None:
+    """Measures and prints, or does one step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=list(PUBLISHED), help="a family; may be given several times")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each latency")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families.json"))
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    silence_libraries()
+    if given.step:
+        print("\n" + json.dumps(steps(given)[given.step](given.only[0], given.work)))
+        return
+    all_found = []
+    for name in given.only or PUBLISHED:
+        all_found.append(measured(name, given))
+        print(tables(all_found[-1]) + "\n", flush=True)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps({"families": all_found, "environment": environment()}, indent=1) + "\n")
+    over = [
+        f"{f['family']}: {s}" for f in all_found for s in memory_steps() if f[s]["peak_memory_bytes"] > f["memory_limit_bytes"]
+    ]
+    if over:
+        raise SystemExit("over the memory limit: " + "; ".join(over))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mmcompress import passes as passes
+    from mmcompress.build import build_dual_encoder as build_dual_encoder
     from mmcompress.chain import RunResult as RunResult
     from mmcompress.chain import run as run
     from mmcompress.model import CompressedModel as CompressedModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mmcompress.report.schema import Report as Report
 
 _WHERE = {
+    "build_dual_encoder": "mmcompress.build",
     "CompressedModel": "mmcompress.model",
     "load": "mmcompress.model",
     "Recipe": "mmcompress.recipe",
@@ -30,7 +32,18 @@ _WHERE = {
     "run": "mmcompress.chain",
 }
 
-__all__ = ["CompressedModel", "Recipe", "Report", "RunResult", "__version__", "load", "load_recipe", "passes", "run"]
+__all__ = [
+    "CompressedModel",
+    "Recipe",
+    "Report",
+    "RunResult",
+    "__version__",
+    "build_dual_encoder",
+    "load",
+    "load_recipe",
+    "passes",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

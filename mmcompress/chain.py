@@ -26,7 +26,7 @@ from mmcompress.data.prepare import WORDS
 from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
-from mmcompress.files import PARTIAL, disk_error, folder_bytes, is_full_disk, write_json, write_text, writing_folder
+from mmcompress.files import PARTIAL, disk_error, folder_bytes, is_full_disk, link_or_copy, write_json, write_text, writing_folder
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
@@ -390,19 +390,27 @@ class Chain:
         return RunResult(self.folder, report, met)
 
     def _write_final(self, last: int) -> None:
-        """Copies the last kept step to ``model/``, and its ONNX components to ``onnx/`` beside the config and processor files."""
+        """Copies the last kept step to ``model/``, and its ONNX components to ``onnx/`` beside the config and processor files.
+
+        ``model/`` has them too, in a folder ``onnx`` of its own: the layout of the hub, which transformers.js opens as it is.
+        """
         place = self.folder / "steps" / self.names[last]
         files = [p for p in sorted(place.iterdir()) if p.is_file() and p.name != STEP_FILE]
         with writing_folder(self.folder / "model") as beside:
             for path in files:
                 shutil.copy2(path, beside / path.name)
+            if (place / "onnx").is_dir():
+                (beside / "onnx").mkdir()
+                for path in sorted((place / "onnx").iterdir()):
+                    link_or_copy(path, beside / "onnx" / path.name)
         if not (place / "onnx").is_dir():
             shutil.rmtree(self.folder / "onnx", ignore_errors=True)
             return
         with writing_folder(self.folder / "onnx") as beside:
             for path in [*files, *sorted((place / "onnx").iterdir())]:
                 if path.suffix != ".safetensors":
-                    shutil.copy2(path, beside / path.name)
+                    # Only the large files have one body under several names: small ones may be edited in place.
+                    (link_or_copy if ".onnx" in path.name else shutil.copy2)(path, beside / path.name)
 
     def _write_report(self, final: Row, *, finished: bool) -> Report:
         metric = next(iter(self.recipe.task.metrics))

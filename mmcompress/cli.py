@@ -120,6 +120,22 @@ def _show_plan(recipe: Any) -> None:
 
 
 @app.command()
+def build(
+    vision: Annotated[str, typer.Argument(help="Hub id or folder of a vision encoder (ViT, DeiT, ResNet).", show_default=False)],
+    text: Annotated[str, typer.Argument(help="Hub id or folder of a text encoder (BERT, RoBERTa).", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model's folder.", show_default=False)],
+    projection_dim: Annotated[int, typer.Option("--projection-dim", help="Width of the embeddings.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Of the projections' first weights.")] = 0,
+) -> None:
+    """Put a vision and a text encoder side by side as a dual encoder, to be fine-tuned together by a recipe."""
+    with _quiet():
+        from mmcompress.build import build_dual_encoder
+
+        model = build_dual_encoder(vision, text, output, projection_dim=projection_dim, seed=seed)
+        _print(f"model:  {output.resolve()} ({model.parameters():,} parameters); its projections are new: fine-tune it")
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or bundled:<name>.", show_default=False)], as_json: AsJson = False
 ) -> None:

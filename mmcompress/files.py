@@ -91,3 +91,11 @@ def folder_bytes(folder: Path, pattern: str = "*") -> int:
 def _flush(path: Path) -> None:
     with path.open("rb+") as held:
         os.fsync(held.fileno())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second name, without its bytes twice where the file system can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

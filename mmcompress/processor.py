@@ -5,6 +5,7 @@ Shapes: B examples, C x H x W a picture, S tokens of a text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,12 +104,37 @@ class Processor:
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's, image processor's and feature extractor's files, and what else says how inputs are made."""
         self.tokenizer.save_pretrained(folder)
+        _readable_by_transformers_4(folder / "tokenizer_config.json")
         for part in (self.image_processor, self.feature_extractor):
             if part is not None:
                 part.save_pretrained(folder)
         for name, text in self.files.items():
             if not (folder / name).exists():
                 (folder / name).write_text(text, encoding="utf-8")
+        _name_processor(folder)
+
+
+def _readable_by_transformers_4(path: Path) -> None:
+    """Writes two keys of a tokenizer's config in the old way, which transformers 5 reads just as well: 4, which Optimum's ONNX
+    Runtime classes need, refuses the new one.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _name_processor(folder: Path) -> None:
+    """Repeats in preprocessor_config.json which class puts texts and pictures together: transformers.js looks for it there."""
+    both, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if both.exists() and own.exists():
+        name = json.loads(both.read_text(encoding="utf-8")).get("processor_class")
+        config = json.loads(own.read_text(encoding="utf-8"))
+        if name is not None and "processor_class" not in config:
+            config["processor_class"] = name
+            own.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _padded(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
+from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
 import mmcompress as mm
 from mmcompress import registry
@@ -22,8 +24,13 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
-ADDED = {"passes": "round_weights", "losses": "cosine", "criteria": "sum_abs"}
-MARKS = {"passes": "PASS = RoundWeights", "losses": "LOSS = Cosine", "criteria": "CRITERION = SumAbs"}
+ADDED = {"passes": "round_weights", "losses": "cosine", "criteria": "sum_abs", "families": "chinese_clip"}
+MARKS = {
+    "passes": "PASS = RoundWeights",
+    "losses": "LOSS = Cosine",
+    "criteria": "CRITERION = SumAbs",
+    "families": "FAMILY = ChineseClip()",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -83,7 +90,7 @@ def test_the_table_in_the_readme_is_one_that_a_run_printed() -> None:
 
 @pytest.fixture
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package with the three examples of how-to.md, found as if an installed package named them."""
+    """A package with the examples of how-to.md, found as if an installed package named them."""
     package = tmp_path / "mypackage"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -141,7 +148,28 @@ def test_the_example_criterion_cuts_the_smallest(added: Path) -> None:
 
 
 @pytest.mark.usefixtures("timed_here")
-def test_a_recipe_with_all_three_runs(added: Path, tmp_path: Path) -> None:
+def test_the_example_family_runs_a_recipe(added: Path, tmp_path: Path) -> None:
+    text = {"vocab_size": len(tiny.WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    vision = tiny.clip_config().vision_config.to_dict()
+    sizes = {"intermediate_size": 64, "max_position_embeddings": 16}
+    config = ChineseCLIPConfig(text_config={**text, **sizes}, vision_config=vision, projection_dim=24)
+    ChineseCLIPModel(config).save_pretrained(tmp_path / "chinese")
+    tiny.processor().save(tmp_path / "chinese")
+    model = mm.load(tmp_path / "chinese")
+    batch = model.family.example_batch(config, 2)
+    with torch.no_grad():
+        ours, stock = model.family.forward(model.module, batch), model.module(**batch)
+    assert torch.allclose(F.normalize(ours.embeds["vision"], dim=-1), stock.image_embeds, atol=1e-6)
+    assert torch.allclose(F.normalize(ours.embeds["text"], dim=-1), stock.text_embeds, atol=1e-6)
+    passes = [*({"pass": "prune", "axis": axis, "ratio": 0.5} for axis in ("ffn", "depth", "width")), {"pass": "export"}]
+    result = mm.run(tiny.recipe(tmp_path, model=str(tmp_path / "chinese"), passes=passes), tmp_path / "run")
+    smaller = ChineseCLIPModel.from_pretrained(tmp_path / "run" / "model").config
+    assert (smaller.text_config.hidden_size, smaller.vision_config.num_attention_heads) == (16, 2)
+    assert {row.runtime for row in result.report.rows} == {"torch", "onnxruntime"}
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_a_recipe_with_an_added_pass_loss_and_criterion_runs(added: Path, tmp_path: Path) -> None:
     passes = [
         {"pass": "prune", "axis": "ffn", "ratio": 0.5, "criterion": "sum-abs"},
         {"pass": "distill", "max_steps": 2, "batch_size": 16, "losses": {"task": 0, "cosine": 1.0}},

@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import CLIPModel
+from transformers import (
+    BlipForConditionalGeneration,
+    CLIPModel,
+    PreTrainedModel,
+    ViltForQuestionAnswering,
+    WhisperForConditionalGeneration,
+)
+
+import mmcompress as mm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = ("prune_from_python.py", "run_a_recipe.py", "onnx_inference.py", "custom_loss.py")
@@ -59,3 +67,23 @@ def test_pretraining_in_small(tmp_path: Path) -> None:
     assert 3e6 <= model.num_parameters() <= 6e6
     assert (tmp_path / "clip" / "model.safetensors").stat().st_size <= 8_000_000
     assert "synthetic" in (tmp_path / "clip" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("script", "cls"), [("vqa", ViltForQuestionAnswering), ("captioner", BlipForConditionalGeneration)])
+def test_pretraining_of_models_that_answer_in_small(script: str, cls: type[PreTrainedModel], tmp_path: Path) -> None:
+    small = ("--rows", "32", "--steps", "2", "--batch", "16", "--test-rows", "20")
+    said = run(f"pretrain_shapes_{script}.py", "--out", tmp_path / "model", *small)
+    assert cls.from_pretrained(tmp_path / "model").num_parameters() < 4e6
+    assert (tmp_path / "model" / "README.md").read_text() in said
+    assert "synthetic" in said
+    assert mm.load(tmp_path / "model").stored_dtype == "float16"
+
+
+def test_pretraining_of_a_speech_model_in_small(tmp_path: Path) -> None:
+    small = ("--rows", "64", "--epochs", "1", "--short-epochs", "1", "--test-rows", "10", "--threads", "1")
+    said = run("pretrain_tones_whisper.py", "--out", tmp_path / "model", *small)
+    assert WhisperForConditionalGeneration.from_pretrained(tmp_path / "model").num_parameters() < 1e6
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 2_000_000
+    assert (tmp_path / "model" / "README.md").read_text() in said
+    assert "synthetic" in said
+    assert mm.load(tmp_path / "model").family.name == "whisper"

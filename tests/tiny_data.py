@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from mmcompress.data.examples import Examples
 from tests import tiny
@@ -57,3 +59,12 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def examples(count: int, seed: int = 0, name: str = "tiny") -> Examples:
     """The same as Examples."""
     return Examples(rows(count, seed), name, COLUMNS, CLASSES)
+
+
+def parquet(path: Path, count: int, seed: int = 0) -> Path:
+    """The same as a Parquet file with declared features."""
+    media = {"bytes": Value("binary"), "path": Value("string")}
+    texts = {name: Value("string") for name in ("caption", "question", "answers")}
+    features = Features({"image": Image(), "audio": media, "label": ClassLabel(names=CLASSES), **texts})
+    Dataset.from_list(rows(count, seed), features=features).to_parquet(str(path))
+    return path

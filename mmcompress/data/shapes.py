@@ -195,14 +195,13 @@ def _caption(scene: Scene, rng: random.Random) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """All forms that a caption of both objects takes, and the one of the main object alone."""
+    """All forms that a caption of both objects takes."""
     main, second = article(str(scene.main)), article(str(scene.second))
     return [
         f"{main} {scene.relation} {second}",
         f"a picture of {main} {scene.relation} {second}",
         f"{main} with {second} {INVERSE[scene.relation]}",
         f"{article(scene.main.kind)} {scene.relation} {article(scene.second.kind)}",
-        main,
     ]
 
 

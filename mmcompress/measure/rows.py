@@ -11,7 +11,7 @@ import numpy as np
 from mmcompress.data.examples import Examples
 from mmcompress.data.prepare import WORDS, prepared, prepared_rows
 from mmcompress.errors import DataError, ModelError
-from mmcompress.families.base import Arrays
+from mmcompress.families.base import NEW_TOKENS, Arrays
 from mmcompress.measure import latency, quality, size
 from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
@@ -62,6 +62,12 @@ class Meter:
             components=_components(tower_of, parameters, disk, flops, timed["components"]),
             loads_with="mmcompress" if model.custom else "transformers",
         )
+        decoders = [part.name for part in parts.values() if part.decoder]
+        if decoders and step == "baseline":
+            row.notes.append(
+                f"Latency and FLOPs, here and below, are those of {NEW_TOKENS} new tokens: all before {decoders[0]} once, then "
+                f"{decoders[0]} over the start of the text and {NEW_TOKENS - 1} times with its cache."
+            )
         self._score(row, TorchPredict(model, self.settings.device), model)
         model.module.to("cpu")
         return row

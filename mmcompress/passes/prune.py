@@ -22,6 +22,8 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 READS_DATA = ("taylor", "activation")
 """The criteria here that need examples. A recipe check must know without importing them; one that another package adds is
 asked when it runs."""
+LAYERS_ONLY = ("spacing",)
+"""The criteria here that choose whole layers and know no other units."""
 
 
 class Prune(Pass):
@@ -86,6 +88,8 @@ class Prune(Pass):
             raise ValueError(
                 f"scope: tower ranks units over layers, and {self.axis} is one choice for the tower; leave scope out"
             )
+        if self.criterion in LAYERS_ONLY and self.axis != "depth":
+            raise ValueError(f"criterion: {self.criterion} chooses whole layers; use it with axis: depth, or another criterion")
         if self.allow_custom:
             return self
         otherwise = "or set allow_custom: true, and only mmcompress and ONNX runtimes load the result"

@@ -52,7 +52,9 @@ def trace(family: Family, module: PreTrainedModel, tower: str) -> Any:
     """Torch-Pruning's dependency graph of one tower, from one forward pass with random inputs on the CPU."""
     module.requires_grad_(True)  # the graph is read off autograd's: a frozen weight would be missing from it
     part, inputs, unwrapped = family.tracing(module, tower, family.example_batch(module.config, 2))
-    with torch.enable_grad():
+    # Only autograd's graph is looked at, never what it keeps for the gradients: gigabytes for 30 seconds of sound.
+    forget = torch.autograd.graph.saved_tensors_hooks(lambda kept: None, lambda forgotten: forgotten)
+    with torch.enable_grad(), forget:
         return tp.DependencyGraph().build_dependency(
             part,
             inputs,
@@ -90,7 +92,9 @@ def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGrou
                 slices.setdefault((id(parameter), dim), Slice(names[id(parameter)], parameter, dim, index, unit))
             if isinstance(target.module, nn.LayerNorm):
                 norms.append(Tap(target.module, "output", index, unit))
-            elif isinstance(target.module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and item.dep.handler.__name__ == "prune_in_channels":
+            elif (
+                isinstance(target.module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and item.dep.handler.__name__ == "prune_in_channels"
+            ):
                 readers.append(Tap(target.module, "input", index, unit))
     # On a residual stream every reader sits behind a LayerNorm, whose output it sees; q, k, v and fc1 would count it often.
     taps = {id(tap.module): tap for tap in norms or readers}
@@ -266,12 +270,13 @@ def prune_layers(model: CompressedModel, shares: Shares, criterion: Criterion, p
     model.module.requires_grad_(True)
     stacks = {tower: model.family.layers(model.module, tower) for tower in shares.towers()}
     model.module.to(probe.device)
+    probe.keep = {tower: shares.kept(tower, len(layers)) for tower, layers in stacks.items()}
     scores = criterion.layer_scores({tower: list(layers) for tower, layers in stacks.items()}, probe)
     model.module.to("cpu")
     kept = {}
     for tower, layers in stacks.items():
         own = _finite(scores[tower], f"the {tower} tower's layers", len(layers))
-        kept[tower] = best(own, shares.kept(tower, len(layers)))
+        kept[tower] = best(own, probe.keep[tower])
         model.family.drop_layers(model.module, tower, kept[tower])
     return kept
 

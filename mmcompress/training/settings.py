@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmcompress import registry
 from mmcompress.errors import one_of
@@ -53,6 +53,20 @@ class TrainingSettings(BaseModel):
         if set(towers) <= set(self.freeze):
             wrong.append("freeze: names every tower, so that nothing is left to train")
         return wrong
+
+
+class PseudoLabels(BaseModel):
+    """Which of the teacher's transcripts take the place of the data's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_wer: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Recordings that the teacher reads with a higher word error rate against the data's transcript, in percent, "
+        "are left out.",
+    )
 
 
 class DistillationSettings(TrainingSettings):

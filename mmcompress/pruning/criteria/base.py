@@ -91,6 +91,7 @@ class Probe:
         samples: how many are drawn at most.
         batch_size: how many make a batch at most.
         device: where the module runs.
+        keep: for each tower whose layers are scored, how many of them will stay.
     """
 
     model: CompressedModel
@@ -101,6 +102,7 @@ class Probe:
     batch_size: int = 64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     reporter: Reporter = SILENT
+    keep: Mapping[str, int] = field(default_factory=dict)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Training batches of nearly equal size on the device; the same ones at every call.

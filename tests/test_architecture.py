@@ -17,7 +17,20 @@ LEVELS = [
     {"families", "data", "runtimes", "tasks"},
     {"training", "quantization", "pruning", "measure"},
     {"passes"},
-    {"logs", "report", "chain", "fingerprints", "build", "plan", "plan_text", "inspect", "evaluate", "bench", "listing", "doctor"},
+    {
+        "logs",
+        "report",
+        "chain",
+        "fingerprints",
+        "build",
+        "plan",
+        "plan_text",
+        "inspect",
+        "evaluate",
+        "bench",
+        "listing",
+        "doctor",
+    },
     {"cli"},
 ]
 # What each of these imports from above it, and why that is not a way up.

@@ -43,7 +43,7 @@ class Audio:
 
 
 def decode_audio(value: Any, where: str, folder: Path | None = None) -> Audio:
-    """A recording from WAV/FLAC/OGG/MP3 bytes, a path, a ``{"bytes", "path"}`` or ``{"array", "sampling_rate"}`` record, or Audio.
+    """A recording from Audio, WAV/FLAC/OGG/MP3 bytes, a path, a ``{"bytes", "path"}`` or ``{"array", "sampling_rate"}`` record.
 
     Several channels are mixed to one by their mean.
 

@@ -69,13 +69,17 @@ class Encoder(ABC):
         self, encoder: nn.Module, *inputs: torch.Tensor, hidden: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The pooled output (B, H), and the hidden states after each layer where they are asked for."""
-        # Shapes alone, for estimates, hold no mask: transformers would look into it, to see whether it is needed.
-        given = [
-            None if i.is_meta and name.endswith("attention_mask") else i for name, i in zip(self.inputs, inputs, strict=True)
-        ]
-        named = dict(zip(self.inputs, given, strict=True))
+        named = dict(zip(self.inputs, map(_shapes_only, self.inputs, inputs), strict=True))
         found = encoder(**named, **({"output_hidden_states": True} if hidden else {}))
         return found.pooler_output, tuple(found.hidden_states or ()) if hidden else ()
+
+
+def _shapes_only(name: str, values: torch.Tensor) -> torch.Tensor | None:
+    """An input as it is, but for a mask without values (for estimates): transformers looks whether a mask masks anything."""
+    if not values.is_meta or not name.endswith("attention_mask"):
+        return values
+    # One of four axes is taken as it is; without any, CLAP would look into the tokens instead.
+    return values[:, None, None, :].float() if name == "attention_mask" else None
 
 
 @dataclass(frozen=True)

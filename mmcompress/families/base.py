@@ -226,6 +226,7 @@ class Family(ABC):
             before: the module as it was cut, with the config that it had before.
             after: the fresh one; changed in place.
         """
+        return
 
     @abstractmethod
     def components(self, module: PreTrainedModel) -> dict[str, Component]:
@@ -334,7 +335,7 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} writes no text")
 
     def fixed_answers(self, processor: Processor) -> frozenset[str] | None:
-        """The answers that a classifier chooses among, as `data.answers.normalise` writes them; None where answers are written."""
+        """The answers that a classifier chooses among, as `data.answers.normalise` writes them; None where it writes them."""
         return None
 
     def match(self, predict: Predict, processor: Processor, media: Arrays, texts: Sequence[str]) -> np.ndarray:

@@ -45,8 +45,7 @@ def mean_interval(
 
     Of values that are all 0 or 1, count the same and stand alone it is Wilson's score interval (Wilson 1927), which stays
     honest near 0 and 1 where a bootstrap of few examples shrinks to a point; else the percentile bootstrap. Where every value
-    is 0 or every value is 1 the bootstrap knows nothing of what was not seen, and it is Wilson's interval over the examples
-    (or clusters) instead.
+    is 0 or every value is 1 the bootstrap, of clusters too, shrinks to a point, and it is Wilson's interval over the examples.
 
     Args:
         values: shape (N,).
@@ -63,9 +62,7 @@ def mean_interval(
     clusters = _real_clusters(clusters)
     alone = weights is None and clusters is None
     if np.isin(values, (0.0, 1.0)).all() and (alone or len(set(values.tolist())) == 1):
-        trials = n if clusters is None else int(clusters.max()) + 1
-        found = stats.binomtest(int(values.sum()) if alone else int(values[0]) * trials, trials)
-        ends = found.proportion_ci(LEVEL, method="wilson")
+        ends = stats.binomtest(int(values.sum()), n).proportion_ci(LEVEL, method="wilson")
         return float(ends.low), float(ends.high)
     return corpus_interval(ratio_statistics(values, weights), ratio, seed, clusters=clusters)
 
@@ -83,7 +80,7 @@ def difference_interval(
     Of values that are all 0 or 1, count the same and stand alone it is the adjusted Wald interval for matched proportions of
     Agresti and Min (Statistics in Medicine 24, 2005), which adds half an example to each cell of the 2 x 2 table: with no
     discordant pair among few examples it stays wide, where a bootstrap would claim certainty. Else the percentile bootstrap of
-    the pairs; where no pair differs, shares get the interval of Agresti and Min over the examples (or clusters) too.
+    the pairs; where no pair differs, shares that count differently or stand in clusters get that of Agresti and Min too.
 
     Args:
         new: shape (N,).
@@ -107,7 +104,7 @@ def difference_interval(
     ours, theirs = ratio_statistics(new, one), ratio_statistics(old, two)
     if np.array_equal(ours, theirs) and min(new.min(), old.min()) >= 0:
         # Error rates may pass 1, but rarely: they are shares for this purpose.
-        return _agresti_min(0, 0, n if clusters is None else int(clusters.max()) + 1)
+        return _agresti_min(0, 0, n)
     return corpus_difference_interval(ours, theirs, ratio, seed, clusters=clusters)
 
 

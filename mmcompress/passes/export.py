@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -44,7 +45,8 @@ class Export(Pass):
 
         if context.workdir is None:
             raise DataError("export: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
-        new = model.clone()
+        # The weights stay as they are: a copy of them would only take memory.
+        new = replace(model, history=list(model.history))
         folder = Path(context.workdir) / "onnx"
         if model.onnx is not None and model.onnx.resolve() != folder.resolve():
             shutil.copytree(model.onnx, folder, dirs_exist_ok=True)

@@ -38,14 +38,15 @@ class Quantize(Pass):
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Exports and quantizes; the torch model stays as it is."""
-        from dataclasses import asdict
+        from dataclasses import asdict, replace
 
         from mmcompress.quantization.onnx_export import export_component  # needs torch
         from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
 
         if context.workdir is None:
             raise DataError("quantize: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
-        new = model.clone()
+        # The weights stay as they are: a copy of them would only take memory.
+        new = replace(model, history=list(model.history))
         folder, scratch = Path(context.workdir) / "onnx", Path(context.workdir) / "float"
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)

@@ -244,7 +244,7 @@ def _choose(own: Sequence[tuple[UnitGroup, torch.Tensor]], tower: str, shares: S
         total = shares.kept(tower, sum(len(s) for _, s in own))
         return choose_over_tower([s for _, s in own], total, shares.step)
     if shares.axis != "width" or own[0][0].axis != "heads":
-        # Where layers differ in size (the stages of a Swin tower, of a ResNet) one key sets all sizes: they are cut in proportion.
+        # Where layers differ in size (stages of a Swin tower or a ResNet) one key sets all sizes: they are cut in proportion.
         least = min(len(s) for _, s in own)
         kept = shares.kept(tower, least)
         return [best(s, kept * len(s) // least if len(s) % least == 0 else shares.kept(tower, len(s))) for _, s in own]

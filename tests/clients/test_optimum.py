@@ -3,7 +3,7 @@
 Optimum's release for ONNX Runtime wants transformers 4, so it runs in an environment of its own, named by a variable:
 
     python -m venv optimum-env
-    optimum-env/bin/pip install torch optimum-onnx onnxruntime pillow
+    optimum-env/bin/pip install torch "transformers<5" optimum-onnx onnxruntime pillow
     MMCOMPRESS_OPTIMUM_PYTHON=optimum-env/bin/python python -m pytest tests/clients/test_optimum.py
 """
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import mmcompress as mm
+from mmcompress.context import Context
 from mmcompress.data.audio import Audio
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from tests import tiny
 from tests.clients.folders import SOUNDS, TEXTS, WHISPERS, before_end, finished, pictures, sound
 from tests.clients.node import array, arrays, ask, packages
-from tests.families import tiny_clap, tiny_siglip
+from tests.families import tiny_clap, tiny_siglip, tiny_smolvlm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -187,3 +188,27 @@ def test_quantized_whisper_writes_what_our_own_decoding_writes(whisper: Path) ->
         assert model.processor.tokenizer.decode(tokens, skip_special_tokens=True).split() == text.split()
         texts.append(text)
     assert len(set(texts)) > 1
+
+
+def test_smolvlm_answers_with_the_tokens_of_stock_generate(tmp_path: Path) -> None:
+    made = mm.passes.Export().apply(tiny_smolvlm.smolvlm(), context=Context(workdir=tmp_path / "export"))
+    folder = made.save(tmp_path / "model")
+    model = mm.load(folder)
+    found = ask(
+        folder,
+        "answer",
+        dtype="fp32",
+        cls="AutoModelForImageTextToText",
+        prompt="<|im_start|>User:<image>what colour is this ?<end_of_utterance>\nAssistant:",
+        images=sent(pictures(32)[:1]),
+        settings={"max_new_tokens": 8, "do_sample": False},
+    )
+    inputs = {name: torch.from_numpy(value) for name, value in arrays(found["inputs"]).items()}
+    # Four parts and then the whole; only that is made smaller, which is a matter of the client's picture library.
+    ours = model.processor.media("image", pictures(32)[:1])[0]["pixel_values"]
+    assert inputs["pixel_values"][0].shape == ours.shape
+    np.testing.assert_allclose(inputs["pixel_values"][0, :4].numpy(), ours[:4].numpy(), atol=1e-5)
+    stock = model.module.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    assert array(found["tokens"]).ravel().tolist() == stock.tolist()
+    written = stock[inputs["input_ids"].shape[1] :].tolist()
+    assert len(set(written)) > 1

@@ -185,7 +185,7 @@ def test_training_passes(name: str, which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_export_gives_the_same_answers(name: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
-    new, result = passes.Export().run(model, where)
+    new, _ = passes.Export().run(model, where)
     assert new.onnx is not None
     predict = OnnxPredict(new.onnx)
     assert set(predict.components) == set(model.family.components(model.module))

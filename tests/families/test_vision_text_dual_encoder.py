@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from mmcompress import passes
 from mmcompress.config import family_of
 from mmcompress.context import Context
 from mmcompress.errors import ModelError, RecipeError
+from mmcompress.measure.size import flops_by_component
+from mmcompress.model import CompressedModel
+from mmcompress.plan import _cost
 from mmcompress.registry import find
 from tests import tiny_data
+from tests.families import tiny_clap, tiny_siglip, tiny_siglip2
 from tests.families import tiny_vision_text_dual_encoder as tiny_dual
 
 TRANSFORMERS = [name for name in tiny_dual.MODELS if "resnet" not in name]
@@ -94,6 +99,13 @@ def test_channels_of_a_resnet_that_do_nothing_can_go() -> None:
     pruned = passes.Prune(axis="width", ratio={"vision": 0.25}, criterion="magnitude").apply(model)
     after = pruned.family.forward(pruned.module, batch).embeds["vision"]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [*tiny_dual.MODELS.values(), tiny_clap.clap, tiny_siglip.siglip, tiny_siglip2.siglip2])
+def test_costs_can_be_estimated_from_the_config_alone(make: Callable[[], CompressedModel]) -> None:
+    model = make()
+    parameters, flops = _cost(model.family, model.module.config)
+    assert (parameters, flops) == (model.parameters(), sum(flops_by_component(model).values()))
 
 
 def test_roberta_has_fewer_positions_than_its_config_says() -> None:

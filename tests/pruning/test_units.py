@@ -80,7 +80,8 @@ def test_slice_sums_into_units_by_hand() -> None:
 def test_recipes_validate_without_torch() -> None:
     code = (
         "import sys; from types import SimpleNamespace; from mmcompress.passes.prune import Prune; "
-        "family = SimpleNamespace(name='x', towers=('vision',), axes=('ffn',), stock_axes=('ffn',), cut_together=lambda axis: ()); "
+        "axes = {'axes': ('ffn',), 'stock_axes': ('ffn',), 'cut_together': lambda axis: ()}; "
+        "family = SimpleNamespace(name='x', towers=('vision',), **axes); "
         "Prune(ratio=0.5).check_against(family, {'vision': {'ffn': 64}}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -67,10 +67,31 @@ class _Prepared:
             except DataError:
                 if not examples.skip_damaged:
                     raise
+        kept, inputs = self._tensors(examples, processor, kept, items)
         if not kept:
             return np.zeros(0, dtype=np.int64), {}
-        stacked = processor.stack(processor.media(examples.kind, items))
+        stacked = processor.stack(inputs)
         return np.asarray(kept, dtype=np.int64), {name: values.numpy() for name, values in stacked.items()}
+
+    def _tensors(
+        self, examples: Examples, processor: Processor, kept: list[int], items: list[Any]
+    ) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+        """The media's tensors, and whose they are; what the model's processor refuses is left out where that is allowed.
+
+        Raises:
+            DataError: it refuses one that may not be skipped.
+        """
+        if not kept:
+            return [], []
+        try:
+            return kept, processor.media(examples.kind, items)
+        except ValueError as e:
+            if len(kept) > 1:
+                found = [self._tensors(examples, processor, [i], [item]) for i, item in zip(kept, items, strict=True)]
+                return [i for own, _ in found for i in own], [one for _, inputs in found for one in inputs]
+            if examples.skip_damaged:
+                return [], []
+            raise DataError(f"{examples.name}, row {kept[0]}: the {TOOLS[examples.kind]} refuses it: {e}") from e
 
 
 def prepared_rows(examples: Examples, indices: np.ndarray, media: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -84,6 +105,7 @@ def prepared_rows(examples: Examples, indices: np.ndarray, media: dict[str, np.n
     ]
 
 
+TOOLS = {"image": "image processor", "audio": "feature extractor"}
 WORDS = {"image": "picture", "audio": "recording"}
 """What messages call the media."""
 

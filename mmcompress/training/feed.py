@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcompress.data.examples import Examples
-from mmcompress.data.prepare import WORDS
+from mmcompress.data.prepare import TOOLS, WORDS
 from mmcompress.errors import DataError
 from mmcompress.processor import Processor
 from mmcompress.tasks.base import Task
@@ -68,7 +68,6 @@ class _Blocks(Dataset[Block]):
 
     def _one_by_one(self, kind: str, rows: list[dict[str, Any]], items: list[Any], damaged: dict[int, str]) -> Block:
         """Finds which picture of a block the image processor does not take, such as one that is a single pixel high."""
-        tool = "image processor" if kind == "image" else "feature extractor"
         kept, inputs = [], []
         for row, item in zip(rows, items, strict=True):
             try:
@@ -76,7 +75,7 @@ class _Blocks(Dataset[Block]):
                 kept.append(row)
             except ValueError as e:
                 where = f"{self.examples.name}, row {row['index']}"
-                damaged = damaged | {row["index"]: f"{where}: the {tool} refuses it: {e}"}
+                damaged = damaged | {row["index"]: f"{where}: the {TOOLS[kind]} refuses it: {e}"}
         return Block(kept, inputs, damaged)
 
 

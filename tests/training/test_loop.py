@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmcompress.context import Context
 from mmcompress.data.examples import Examples, as_examples
+from mmcompress.data.prepare import prepared
 from mmcompress.errors import DataError, RecipeError, TrainingError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
@@ -211,6 +212,11 @@ def test_a_picture_that_the_image_processor_refuses_is_named(model: CompressedMo
     where.train.rows[5]["image"] = tiny.Pillow.new("RGB", (1, 1))  # type: ignore[index]
     with pytest.raises(DataError, match="row 5: the image processor refuses it: too small"):
         run(model, where)
+    # Scoring prepares in blocks, and says the same; or goes on without the one.
+    with pytest.raises(DataError, match="row 5: the image processor refuses it: too small"):
+        list(prepared(where.train, model.processor))
+    where.train.skip_damaged = True
+    assert [len(indices) for indices, _ in prepared(where.train, model.processor)] == [15]
 
 
 def test_batches_cover_an_epoch_and_pictures_stay_with_their_texts(model: CompressedModel) -> None:

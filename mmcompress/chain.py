@@ -264,6 +264,7 @@ class Chain:
                 seed=self.recipe.seed * 1000 + i,
                 workdir=work,
                 reporter=self.reporter,
+                consume=True,
             )
             start = time.monotonic()
             after = step.apply(before, context=context)

@@ -24,12 +24,13 @@ class Context:
         task: gives training batches and the loss.
         train: training examples.
         calibration: examples for ranges and statistics; the training examples where the recipe names none.
-        baseline: loads the model that the run began with, for use as a teacher.
+        baseline: loads the model that the run began with, for use as a teacher; a new one at every call.
         seed: differs from step to step of a run and is the same in every repetition.
         device: ``auto``, ``cuda``, ``mps`` or ``cpu``.
         workdir: a scratch folder that is gone when the step ends.
         warnings: sentences for the report.
         facts: numbers for the report that may differ between repetitions (seconds, rates); never part of the model.
+        consume: whether a pass may change the model that it is given, because nobody else holds it.
     """
 
     task: Task | None = None
@@ -42,6 +43,11 @@ class Context:
     reporter: Reporter = SILENT
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    consume: bool = False
+
+    def copy_of(self, model: CompressedModel) -> CompressedModel:
+        """A model that a pass may change: a copy, or the model itself where nobody else holds it (a copy costs its memory)."""
+        return model if self.consume else model.clone()
 
     def need_task(self, who: str) -> Task:
         """The task, or a clear error."""

@@ -53,17 +53,18 @@ class Pass(BaseModel, ABC):
         """Applies the pass and writes it into the model's history.
 
         Args:
-            model: stays as it is.
+            model: stays as it is, unless the context says that it may be consumed.
             data: training examples where no context is given: anything `mmcompress.data.as_examples` takes, such as a
                 `datasets.Dataset` with ``image`` and ``label`` or ``text`` columns.
             context: what a run gives its passes; made from ``data`` when left out.
         """
         if context is None:
             context = make_context(data, model.family.abilities)
+        history, files = list(model.history), model.onnx
         new, result = self.run(model, context)
         settings = self.model_dump(mode="json", by_alias=True, exclude={"name"})
-        new.history = [*model.history, {"pass": self.name, "settings": settings, "result": result}]
-        if self.changes == "weights" and new.onnx == model.onnx:
+        new.history = [*history, {"pass": self.name, "settings": settings, "result": result}]
+        if self.changes == "weights" and new.onnx == files:
             new.onnx = None  # files of the old weights
         return new
 

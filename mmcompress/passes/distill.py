@@ -52,12 +52,14 @@ class Distill(DistillationSettings, Pass):
             from mmcompress.training.teacher import find_teacher
 
             task, examples = context.need_task("distill"), context.need_train("distill")
-            teacher = find_teacher(self.teacher, model, context, len(examples)).model
             device = self.device if self.device != "auto" else context.device
-            relabelled, found = relabel(teacher, task, examples, self.pseudo_labels.max_wer, context.reporter, device)
+            # Let go of below: the training loads its own, and two would take the memory of both.
+            asked = find_teacher(self.teacher, model, context, len(examples)).model
+            relabelled, found = relabel(asked, task, examples, self.pseudo_labels.max_wer, context.reporter, device)
+            del asked
             context, said = replace(context, train=relabelled), {"pseudo_labels": found}
         objective = distillation(self, model, context, "distill")
-        new = model.clone()
+        new = context.copy_of(model)
         return new, {**train(new, context, self, objective, "distill"), **said}
 
 

@@ -40,7 +40,7 @@ class Finetune(TrainingSettings, Pass):
         from mmcompress.training.objective import TaskObjective
 
         objective = TaskObjective(context.need_task("finetune"))
-        new = model.clone()
+        new = context.copy_of(model)
         return new, train(new, context, self, objective, "finetune")
 
 

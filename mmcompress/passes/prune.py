@@ -148,7 +148,8 @@ class Prune(Pass):
         if mistakes:
             raise RecipeError("prune: " + "; ".join(mistakes))
         criterion = registry.find("criteria", self.criterion).CRITERION()
-        new = model.clone()
+        counts = {t: count(p) for t, p in tower_parameters(model.family, model.module).items()}
+        new = context.copy_of(model)
         probe = Probe(new, context.seed, samples=self.samples, batch_size=self.batch_size, reporter=context.reporter)
         if criterion.needs_data:
             probe.task, probe.examples = context.need_task("prune"), context.need_train("prune")
@@ -161,8 +162,8 @@ class Prune(Pass):
         cut.rebuild(new, self.allow_custom)
         after = cut.sizes(new)
         facts["sizes"] = {tower: {"before": before[tower], "after": after[tower]} for tower in model.family.towers}
-        counts = [{t: count(p) for t, p in tower_parameters(m.family, m.module).items()} for m in (model, new)]
-        facts["parameters"] = {tower: {"before": counts[0][tower], "after": counts[1][tower]} for tower in counts[0]}
+        parameters = {t: count(p) for t, p in tower_parameters(new.family, new.module).items()}
+        facts["parameters"] = {tower: {"before": old, "after": parameters[tower]} for tower, old in counts.items()}
         return new, facts
 
 

@@ -68,7 +68,7 @@ class Qat(DistillationSettings, Pass):
             raise DataError("qat: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
         # Before the layers are replaced: it runs the model on random inputs, which no range should see.
         objective = distillation(self, model, context, "qat")
-        new = model.clone()
+        new = context.copy_of(model)
         try:
             layers = fake.insert_fake_quant(new.module, exclude=self.exclude)
         except ValueError as e:

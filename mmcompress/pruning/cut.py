@@ -296,7 +296,8 @@ def rebuild(model: CompressedModel, allow_custom: bool) -> None:
         if not allow_custom:
             raise ModelError(
                 f"prune: no config of {family.model_class().__name__} has these shapes (sizes differ between layers, or heads no "
-                "longer divide the width); cut the same in every layer, or set allow_custom: true: then only mmcompress and ONNX runtimes load the result"
+                "longer divide the width); cut the same in every layer, or set allow_custom: true: then only mmcompress and ONNX "
+                "runtimes load the result"
             )
         config = _custom_config(family, old)
     weights = old.state_dict()

@@ -125,7 +125,7 @@ def find_teacher(name: str, student: CompressedModel, context: Context, examples
                 "teacher: baseline is the model that a run begins with, and there is no run here; "
                 "pass teacher=<a model folder or hub id>"
             )
-        model = context.baseline().clone()
+        model = context.baseline()
     else:
         model = load(name)
     check_fits(model, student, name)

@@ -21,6 +21,9 @@ from tests.clients.folders import SOUNDS, TEXTS, WHISPERS, before_end, finished,
 from tests.clients.node import array, arrays, ask, packages
 from tests.families import tiny_clap, tiny_siglip, tiny_smolvlm
 
+# Installing it takes a network; `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _installed() -> None:

@@ -51,7 +51,7 @@ def teacher() -> CompressedModel:
 
 
 def context(teacher: CompressedModel | None = None, count: int = 32, **more: Any) -> Context:
-    baseline = None if teacher is None else lambda: teacher
+    baseline = None if teacher is None else teacher.clone
     return Context(task=TASK, train=as_examples(tiny.dataset(count)), baseline=baseline, device="cpu", **more)
 
 
@@ -283,3 +283,13 @@ def test_qat_refuses_what_cannot_work(model: CompressedModel, teacher: Compresse
 def test_distance_by_hand() -> None:
     found = distance(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[2.0, 0.0], [4.0, 3.0]]))
     assert found == {"least_cosine": 0.96, "max_abs_difference": 1.0}
+
+
+def test_a_model_that_may_be_consumed_is_not_copied(model: CompressedModel) -> None:
+    kept = Finetune(max_steps=2, batch_size=8).apply(model, context=context())
+    assert kept.module is not model.module
+    module = model.module
+    taken = Finetune(max_steps=2, batch_size=8).apply(model, context=context(consume=True))
+    assert taken.module is module
+    assert taken.history == kept.history
+    assert all(torch.equal(a, b) for a, b in zip(kept.module.parameters(), taken.module.parameters(), strict=True))

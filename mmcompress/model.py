@@ -294,8 +294,9 @@ def reshape_like(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
             part.normalized_shape = tuple(weight.shape)
         query, head_dim = getattr(part, "q_proj", None), getattr(part, "head_dim", None)
         if isinstance(query, nn.Linear) and isinstance(head_dim, int) and hasattr(part, "num_heads"):
-            part.num_heads = shapes[f"{name}.q_proj.weight"][0] // head_dim  # Whisper's attention splits its outputs by it
+            # Whisper's attention splits its outputs by it. What the history does not record is as it was.
+            part.num_heads = shapes.get(f"{name}.q_proj.weight", list(query.weight.shape))[0] // head_dim
         if isinstance(getattr(part, "value", None), nn.Linear) and hasattr(part, "all_head_size"):
             # Attention as BERT writes it (ViLT, and others after it) shapes its outputs by what it remembers.
-            part.all_head_size = shapes[f"{name}.value.weight"][0]
+            part.all_head_size = shapes.get(f"{name}.value.weight", list(part.value.weight.shape))[0]
             part.num_attention_heads = part.all_head_size // part.attention_head_size

@@ -38,6 +38,9 @@ def _collected() -> dict[str, tuple[Make, str]]:
 
 
 MODELS = _collected()
+# One model of each family in the default suite, all of them in the slow one, where a test exports: that takes seconds.
+FIRST = {make().family.name: name for name, (make, _) in reversed(MODELS.items())}
+EXPORTED = [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow) for name in MODELS]
 AXES = [(name, axis) for name in MODELS for axis in ("ffn", "depth", "width", "heads")]
 
 
@@ -182,7 +185,7 @@ def test_training_passes(name: str, which: str, tmp_path: Path) -> None:
     check_stock(new, tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_export_gives_the_same_answers(name: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
     new, _ = passes.Export().run(model, where)
@@ -200,8 +203,8 @@ def test_export_gives_the_same_answers(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(values, theirs.per_example[metric], err_msg=metric)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("scheme", ["int8-static", pytest.param("int8-dynamic", marks=pytest.mark.slow)])
 def test_quantize(name: str, scheme: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
     new, _ = passes.Quantize(scheme=scheme, samples=16).run(model, where)
@@ -214,7 +217,7 @@ def test_quantize(name: str, scheme: str, tmp_path: Path) -> None:
     task_of(name).evaluate(predict, model.processor, where.need_train("x"), where.reporter)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_qat(name: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
     new, facts = passes.Qat(max_steps=2, batch_size=8).run(model, where)

@@ -41,6 +41,7 @@ MODELS = _collected()
 # One model of each family in the default suite, all of them in the slow one, where a test exports: that takes seconds.
 FIRST = {make().family.name: name for name, (make, _) in reversed(MODELS.items())}
 EXPORTED = [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow) for name in MODELS]
+QAT = [pytest.param(n, marks=() if n in ("clip", "blip-captions", "whisper") else pytest.mark.slow) for n in MODELS]
 AXES = [(name, axis) for name in MODELS for axis in ("ffn", "depth", "width", "heads")]
 
 
@@ -217,7 +218,7 @@ def test_quantize(name: str, scheme: str, tmp_path: Path) -> None:
     task_of(name).evaluate(predict, model.processor, where.need_train("x"), where.reporter)
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", QAT)
 def test_qat(name: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
     new, facts = passes.Qat(max_steps=2, batch_size=8).run(model, where)

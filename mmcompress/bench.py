@@ -14,7 +14,7 @@ from mmcompress.families.base import without_weights
 from mmcompress.measure.latency import measure
 from mmcompress.model import load
 
-NOTE = "all components once; each model in a process of its own; speed is relative to the first line"
+NOTE = "all components once, decoders for 16 tokens; each model in a process of its own; speed is relative to the first line"
 
 
 def bench_models(sources: list[str], batch_sizes: list[int], threads: int, seconds: float) -> dict[str, Any]:

@@ -8,10 +8,11 @@ of 2,000 test rows, and who always gives the most frequent answer of all in 15.7
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from mmcompress.data.shapes import CLASSES, COLOURS, INVERSE, RADII, SHAPES, Scene, Shapes, Split, Thing, article, captions
+from mmcompress.data.shapes import CLASSES, COLOURS, INVERSE, RADII, SHAPES, Scene, Shapes, Thing, article, captions
+from mmcompress.data.synthetic import Split, Synthetic
 
 COUNTS = ("0", "1", "2")
 YES_NO = ("no", "yes")
@@ -37,7 +38,7 @@ class Row(Mapping[str, Any]):
         return 1 + len(self._words)
 
 
-class Scenes(Sequence[Row]):
+class Scenes(Synthetic[Row]):
     """A split of the scenes; rows are rendered when they are asked for.
 
     A row has `image` and `label` as `Shapes` has them, `text` (a list of four captions), `question`, `answers` (a list with the
@@ -53,27 +54,17 @@ class Scenes(Sequence[Row]):
     """
 
     def __init__(self, split: Split, count: int, seed: int = 0) -> None:
+        super().__init__(split, count, seed)
         self._shapes = Shapes(split, count, seed)
 
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return Row(self.words(index), lambda: self._shapes[index]["image"])
+    def _row(self, place: int) -> Row:
+        return Row(self.words(place), lambda: self._shapes[place]["image"])
 
     def words(self, index: int, turn: int = 0) -> dict[str, Any]:
         """All of a row but its picture, without rendering; another turn asks another question."""
         scene = self._shapes.scene_of(index)
         # A generator of its own: the pictures are drawn from the one that `Shapes` uses.
-        rng = random.Random(f"{self._shapes.seed}/{self._shapes.split}/{index % len(self)}/question {turn}")
+        rng = random.Random(f"{self.seed}/{self.split}/{self._place(index)}/question {turn}")
         question, answer = ask(scene, rng)
         label = CLASSES.index(scene.main.kind)
         return {"label": label, "text": captions(scene), "question": question, "answers": [answer], "scene": scene.id}

@@ -12,19 +12,18 @@ The scenes (not the rows) are split 80/10/10 by a hash of their id, so no scene 
 while every word, class and relation occurs in all three.
 """
 
-import hashlib
 import itertools
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-Split = Literal["train", "validation", "test"]
+from mmcompress.data.synthetic import SPLIT_ENDS, Split, Synthetic, split_of
+
 Point = tuple[float, float]
 
 IMAGE_SIZE = 48
@@ -51,7 +50,6 @@ CLASSES: tuple[str, ...] = tuple(f"{colour} {shape}" for colour in COLOURS for s
 ANSWERS: tuple[str, ...] = (*COLOURS, *SHAPES, *RADII, *INVERSE)
 """Every answer there is to the questions."""
 
-_SPLIT_ENDS: dict[str, int] = {"train": 80, "validation": 90, "test": 100}
 _OFFSETS: dict[str, Point] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 _SUPERSAMPLING = 4
 _OUTLINE_PX = 1.25
@@ -90,15 +88,14 @@ class Scene:
     @property
     def split(self) -> str:
         """The split that owns this scene: a stable hash of the id, 80/10/10."""
-        bucket = int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big") % 100
-        return next(name for name, end in _SPLIT_ENDS.items() if bucket < end)
+        return split_of(self.id)
 
 
 @lru_cache(maxsize=1)
 def _scenes_by_split() -> dict[str, tuple[Scene, ...]]:
     """All 27,552 scenes in a fixed order, by the split that owns them."""
     things = [Thing(*parts) for parts in itertools.product(RADII, COLOURS, SHAPES)]
-    scenes: dict[str, list[Scene]] = {name: [] for name in _SPLIT_ENDS}
+    scenes: dict[str, list[Scene]] = {name: [] for name in SPLIT_ENDS}
     for main, relation, second in itertools.product(things, INVERSE, things):
         if main.kind != second.kind:
             scene = Scene(main, relation, second)
@@ -106,7 +103,7 @@ def _scenes_by_split() -> dict[str, tuple[Scene, ...]]:
     return {name: tuple(found) for name, found in scenes.items()}
 
 
-class Shapes(Sequence[dict[str, Any]]):
+class Shapes(Synthetic[dict[str, Any]]):
     """A split of the synthetic shapes data; rows are rendered when they are asked for.
 
     Row `i` depends on `(seed, split, i)` alone: it is the same whatever `count` is and in whatever order rows are read.
@@ -124,28 +121,11 @@ class Shapes(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, split: Split, count: int, seed: int = 0) -> None:
-        if split not in _SPLIT_ENDS:
-            raise ValueError(f"shapes: unknown split {split!r}; use one of {', '.join(_SPLIT_ENDS)}")
-        if count < 1:
-            raise ValueError(f"shapes: count must be at least 1, found {count}")
-        self.split = split
-        self._count = count
-        self.seed = seed
+        super().__init__(split, count, seed)
         self._scenes = _scenes_by_split()[split]
 
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        scene, rng = self._draw(index)
+    def _row(self, place: int) -> dict[str, Any]:
+        scene, rng = self._draw(place)
         text = _caption(scene, rng)
         question, answer = _question(scene, rng)
         return {
@@ -163,14 +143,12 @@ class Shapes(Sequence[dict[str, Any]]):
 
     def scene_of(self, index: int) -> Scene:
         """The scene of a row, without rendering its picture."""
-        return self._draw(index)[0]
+        return self._draw(self._place(index))[0]
 
-    def _draw(self, index: int) -> tuple[Scene, random.Random]:
+    def _draw(self, place: int) -> tuple[Scene, random.Random]:
         """The row's scene, and the generator that everything else about the row is drawn from."""
-        if not -self._count <= index < self._count:
-            raise IndexError(f"shapes: row {index} of {self._count}")
         # Seeding with a string goes through SHA-512, so rows are the same in every process and Python version.
-        rng = random.Random(f"{self.seed}/{self.split}/{index % self._count}")
+        rng = random.Random(f"{self.seed}/{self.split}/{place}")
         return self._scenes[int(rng.random() * len(self._scenes))], rng
 
 

@@ -16,11 +16,12 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from mmcompress.data.examples import ROLE_NAMES, Examples, guess_columns, undecoded
 from mmcompress.data.scenes import Scenes
 from mmcompress.data.shapes import CLASSES, Shapes
+from mmcompress.data.synthetic import Synthetic
 from mmcompress.data.tones import Tones
 from mmcompress.errors import DataError, one_of
 from mmcompress.recipe import Data, Source
 
-BUNDLED: Mapping[str, type[Shapes] | type[Scenes] | type[Tones]] = {"shapes": Shapes, "scenes": Scenes, "tones": Tones}
+BUNDLED: Mapping[str, type[Synthetic[Any]]] = {"shapes": Shapes, "scenes": Scenes, "tones": Tones}
 """Synthetic data by name: called with a split, a count and a seed; roles are guessed from the rows' keys."""
 BUNDLED_SPLIT = {"train": "train", "calibration": "train", "eval": "test"}
 BUNDLED_COUNT = {"train": 20_000, "validation": 1_000, "test": 2_000}

@@ -11,18 +11,15 @@ The sentences (not the rows) are split 80/10/10 by a hash of their words, and ev
 sentence and no speaker of one split is ever heard in another, while every word occurs in all three.
 """
 
-import hashlib
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 
 from mmcompress.data.audio import Audio
-
-Split = Literal["train", "validation", "test"]
+from mmcompress.data.synthetic import Synthetic, split_of
 
 RATE = 16_000
 """Samples a second."""
@@ -56,7 +53,6 @@ WORDS: dict[str, tuple[int, int, int]] = {
 SPEAKERS: dict[str, range] = {"train": range(200), "validation": range(200, 220), "test": range(220, 260)}
 """The speakers of each split, by number."""
 
-_SPLIT_ENDS: dict[str, int] = {"train": 80, "validation": 90, "test": 100}
 _LENGTHS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
 _RAMP_SECONDS = 0.008
 
@@ -83,13 +79,7 @@ class Speaker:
         return Speaker(key, (rng.uniform(0.1, 0.7), rng.uniform(0.0, 0.4)), rng.uniform(0.075, 0.105))
 
 
-def split_of(text: str) -> str:
-    """The split that owns a sentence: a stable hash of its words, 80/10/10."""
-    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
-    return next(name for name, end in _SPLIT_ENDS.items() if bucket < end)
-
-
-class Tones(Sequence[dict[str, Any]]):
+class Tones(Synthetic[dict[str, Any]]):
     """A split of the synthetic tone speech; rows are rendered when they are asked for.
 
     Row `i` depends on `(seed, split, i)` alone: it is the same whatever `count` is and in whatever order rows are read.
@@ -105,40 +95,18 @@ class Tones(Sequence[dict[str, Any]]):
         ValueError: For an unknown split or a count below 1.
     """
 
-    def __init__(self, split: Split, count: int, seed: int = 0) -> None:
-        if split not in _SPLIT_ENDS:
-            raise ValueError(f"tones: unknown split {split!r}; use one of {', '.join(_SPLIT_ENDS)}")
-        if count < 1:
-            raise ValueError(f"tones: count must be at least 1, found {count}")
-        self.split = split
-        self._count = count
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        text, speaker, rng = self._draw(index)
+    def _row(self, place: int) -> dict[str, Any]:
+        text, speaker, rng = self._draw(place)
         return {"audio": _render(text, Speaker.number(speaker), rng), "text": text, "speaker": speaker}
 
     def text(self, index: int) -> str:
         """The sentence of a row, without rendering its recording."""
-        return self._draw(index)[0]
+        return self._draw(self._place(index))[0]
 
-    def _draw(self, index: int) -> tuple[str, int, random.Random]:
+    def _draw(self, place: int) -> tuple[str, int, random.Random]:
         """The row's sentence and speaker, and the generator that everything else about the row is drawn from."""
-        if not -self._count <= index < self._count:
-            raise IndexError(f"tones: row {index} of {self._count}")
         # Seeding with a string goes through SHA-512, so rows are the same in every process and Python version.
-        rng = random.Random(f"tones/{self.seed}/{self.split}/{index % self._count}")
+        rng = random.Random(f"tones/{self.seed}/{self.split}/{place}")
         names, text = tuple(WORDS), ""
         while not text or split_of(text) != self.split:
             length = _LENGTHS[int(rng.random() * len(_LENGTHS))]

@@ -146,9 +146,6 @@ class VisionLanguage(Family):
                 groups.append(UnitGroup(tower, axis, name, at.k_proj, heads * size, size, explicit=coupled))
         return groups
 
-    def tracing(self, module: PreTrainedModel, tower: str, batch: Batch) -> tuple[nn.Module, Any, list[nn.Parameter]]:
-        raise NotImplementedError(f"{self.name}: every group names what is cut; there is nothing to trace")
-
     def shrunk_config(self, module: PreTrainedModel) -> PretrainedConfig | None:
         config = cast(Any, type(module.config)).from_dict(module.config.to_dict())
         for tower, sub in (("vision", config.vision_config), ("text", config.text_config)):

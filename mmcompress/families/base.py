@@ -211,9 +211,12 @@ class Family(ABC):
     def unit_groups(self, module: PreTrainedModel, tower: str, axis: str) -> list[UnitGroup]:
         """The groups of units that an axis cuts in a tower, in the order of the layers."""
 
-    @abstractmethod
     def tracing(self, module: PreTrainedModel, tower: str, batch: Batch) -> tuple[nn.Module, Any, list[nn.Parameter]]:
-        """For Torch-Pruning's graph: a module to trace, its example inputs, and its unwrapped parameters."""
+        """For Torch-Pruning's graph: a module to trace, its example inputs, and its unwrapped parameters.
+
+        Only asked for towers with groups that leave ``explicit`` empty.
+        """
+        raise NotImplementedError(f"{self.name}: groups of units without `explicit` need tracing, which the family does not have")
 
     @abstractmethod
     def shrunk_config(self, module: PreTrainedModel) -> PretrainedConfig | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -132,8 +133,9 @@ class Clap(DualEncoder):
 
     def components(self, module: PreTrainedModel) -> dict[str, Component]:
         found = super().components(module)
-        found["audio_model"].dynamic_axes["input_features"][2] = "frames"  # type: ignore[index]
-        return found
+        part = found["audio_model"]
+        axes = {**part.dynamic_axes, "input_features": {**part.dynamic_axes["input_features"], 2: "frames"}}
+        return {**found, part.name: replace(part, dynamic_axes=axes)}
 
     def prepare_media(self, processor: Processor, kind: str, items: list[Any]) -> list[dict[str, torch.Tensor]]:
         """The stock feature extractor, but of recordings that are too long the middle, where it takes a random part."""

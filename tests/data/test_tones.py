@@ -9,7 +9,8 @@ import pytest
 
 from mmcompress.data.examples import Examples
 from mmcompress.data.sources import load_source
-from mmcompress.data.tones import LONGEST_SECONDS, PITCHES, RATE, SPEAKERS, WORDS, Speaker, Split, Tones, split_of
+from mmcompress.data.synthetic import Split, split_of
+from mmcompress.data.tones import LONGEST_SECONDS, PITCHES, RATE, SPEAKERS, WORDS, Speaker, Tones
 from mmcompress.errors import DataError
 from mmcompress.recipe import Source
 

@@ -8,14 +8,13 @@ Shape legend: N rows of the pool, B batch, T tokens of a caption, S patches, D v
 """
 
 import argparse
-import shutil
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pretrain_parts import CLIP, PATCH_SIZE, begin_as, build_tokenizer, render
+from pretrain_parts import CLIP, PATCH_SIZE, begin_as, build_tokenizer, options, publish, render, started
 from transformers import BlipConfig, BlipForConditionalGeneration, CLIPModel, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup as cosine
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -140,19 +139,10 @@ def evaluate(
 
 def main() -> None:
     """Trains, evaluates, and writes the folder in one move."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it exists)")
-    parser.add_argument("--rows", type=int, default=8000, help="pictures in the training pool")
+    parser = options(__doc__, rows=8000, batch=64, lr=2e-3)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=1000, help="pictures whose captions are scored")
-    parser.add_argument("--threads", type=int, default=1, help="1 is faster than 2 where other work shares the cores")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
+    args = started(parser)
     known = Scenes("train", min(args.rows, 4000), args.seed)
     texts = [text for i in range(len(known)) for text in known.words(i)["text"]]
     tokenizer = build_tokenizer(texts, MAX_TOKENS, more=("[DEC]", "[ENC]"))
@@ -164,20 +154,11 @@ def main() -> None:
     seconds = train(model, tokenizer, args)
     before = evaluate(model, tokenizer, images, args.test_rows)
 
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
-    tokenizer.save_pretrained(partial)
-    images.save_pretrained(partial)
-    stored = BlipForConditionalGeneration.from_pretrained(partial, dtype=torch.float32)
-    facts = {"parameters": stored.num_parameters(), "megabytes": (partial / "model.safetensors").stat().st_size / 1e6}
-    facts |= {"seconds": seconds, "forms": len(known.words(0)["text"]), "before": before}
-    card = CARD.format(**vars(args), **facts, exact=evaluate(stored, tokenizer, images, args.test_rows))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
-    print(card)
+    def card(stored: BlipForConditionalGeneration, facts: dict[str, Any]) -> str:
+        facts |= {"seconds": seconds, "forms": len(known.words(0)["text"]), "before": before}
+        return CARD.format(**vars(args), **facts, exact=evaluate(stored, tokenizer, images, args.test_rows))
+
+    publish(model, [tokenizer, images], args.out, card)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ Shape legend: N rows of the pool, B batch, C classes, T tokens, D width of the s
 """
 
 import argparse
-import shutil
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pretrain_parts import options, publish, started
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup as cosine
@@ -183,39 +183,20 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor) -> dict[str, float]:
 
 def main() -> None:
     """Trains, evaluates, and writes the folder in one move."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it exists)")
-    parser.add_argument("--rows", type=int, default=16384, help="pictures in the training pool")
+    parser = options(__doc__, rows=16384, batch=128, lr=1e-3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="1 is faster than 2 where other work shares the cores")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
+    args = started(parser)
     processor = build_processor([row["text"] for row in Shapes("train", 4000, args.seed)])
     model = build_model(processor.tokenizer)
     seconds = train(model, processor.tokenizer, args)
     before = evaluate(model, processor)
 
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
-    processor.tokenizer.save_pretrained(partial)
-    processor.image_processor.save_pretrained(partial)
-    stored = CLIPModel.from_pretrained(partial, dtype=torch.float32)
-    scores = evaluate(stored, CLIPProcessor.from_pretrained(partial))
-    facts = {"parameters": stored.num_parameters(), "megabytes": (partial / "model.safetensors").stat().st_size / 1e6}
-    facts |= {"seconds": seconds, "classes": len(CLASSES), "top1_before": before["top1"]}
-    facts |= {"test_rows": TEST_ROWS, "retrieval_rows": RETRIEVAL_ROWS}
-    card = CARD.format(**vars(args), **facts, **scores, templates=", ".join(f'"{t}"' for t in TEMPLATES))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
-    print(card)
+    def card(stored: CLIPModel, facts: dict[str, Any]) -> str:
+        facts |= {"seconds": seconds, "classes": len(CLASSES), "top1_before": before["top1"]}
+        facts |= {"test_rows": TEST_ROWS, "retrieval_rows": RETRIEVAL_ROWS, "templates": ", ".join(f'"{t}"' for t in TEMPLATES)}
+        return CARD.format(**vars(args), **facts, **evaluate(stored, processor))
+
+    publish(model, [processor.tokenizer, processor.image_processor], args.out, card)
 
 
 if __name__ == "__main__":

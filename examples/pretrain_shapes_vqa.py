@@ -6,14 +6,13 @@ Shape legend: N rows of the pool, B batch, S words, C answers.
 """
 
 import argparse
-import shutil
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pretrain_parts import CLIP, PATCH_SIZE, begin_as, build_tokenizer, render
+from pretrain_parts import CLIP, PATCH_SIZE, begin_as, build_tokenizer, options, publish, render, started
 from transformers import CLIPModel, PreTrainedTokenizerFast, ViltConfig, ViltForQuestionAnswering, ViltProcessor
 from transformers import get_cosine_schedule_with_warmup as cosine
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
@@ -183,42 +182,24 @@ def blind_accuracy(rows: int, seed: int, count: int) -> float:
 
 def main() -> None:
     """Trains, evaluates, and writes the folder in one move."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it exists)")
-    parser.add_argument("--rows", type=int, default=8000, help="pictures in the training pool")
+    parser = options(__doc__, rows=8000, batch=64, lr=5e-4)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=2000, help="questions that are scored")
-    parser.add_argument("--threads", type=int, default=1, help="1 is faster than 2 where other work shares the cores")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
+    args = started(parser)
     train_rows = Scenes("train", args.rows, args.seed)
     processor = build_processor([train_rows.words(i)["question"] for i in range(min(args.rows, 4000))])
     model = build_model(processor.tokenizer)
     seconds = train(model, processor.tokenizer, args)
     before = evaluate(model, processor, args.test_rows)
 
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
-    processor.tokenizer.save_pretrained(partial)
-    processor.image_processor.save_pretrained(partial)
-    stored = ViltForQuestionAnswering.from_pretrained(partial, dtype=torch.float32)
-    scores = evaluate(stored, processor, args.test_rows)
-    table = "".join(f"| {kind} ... ({len(hits)}) | {np.mean(hits):.4f} |\n" for kind, hits in sorted(scores.items()))
-    facts = {"parameters": stored.num_parameters(), "megabytes": (partial / "model.safetensors").stat().st_size / 1e6}
-    facts |= {"seconds": seconds, "answers": len(SCENE_ANSWERS), "table": table}
-    facts |= {"accuracy": share_right(scores), "before": share_right(before)}
-    card = CARD.format(**vars(args), **facts, blind=blind_accuracy(args.rows, args.seed, args.test_rows))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
-    print(card)
+    def card(stored: ViltForQuestionAnswering, facts: dict[str, Any]) -> str:
+        scores = evaluate(stored, processor, args.test_rows)
+        table = "".join(f"| {kind} ... ({len(hits)}) | {np.mean(hits):.4f} |\n" for kind, hits in sorted(scores.items()))
+        facts |= {"seconds": seconds, "answers": len(SCENE_ANSWERS), "table": table}
+        facts |= {"accuracy": share_right(scores), "before": share_right(before)}
+        return CARD.format(**vars(args), **facts, blind=blind_accuracy(args.rows, args.seed, args.test_rows))
+
+    publish(model, [processor.tokenizer, processor.image_processor], args.out, card)
 
 
 if __name__ == "__main__":

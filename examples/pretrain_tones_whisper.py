@@ -6,14 +6,14 @@ Shape legend: N rows of the pool, B batch, F frames of 20 ms, T tokens.
 """
 
 import argparse
-import shutil
 import time
-from pathlib import Path
+from typing import Any
 
 import jiwer
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pretrain_parts import options, publish, started
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers import get_cosine_schedule_with_warmup as cosine
@@ -172,41 +172,22 @@ def evaluate(
 
 def main() -> None:
     """Trains, evaluates, and writes the folder in one move."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it exists)")
-    parser.add_argument("--rows", type=int, default=8000, help="recordings in the training pool")
+    parser = options(__doc__, rows=8000, batch=16, lr=8e-4)
     parser.add_argument("--short-epochs", type=int, default=2, help="passes over the sentences of one or two words")
     parser.add_argument("--epochs", type=int, default=5, help="passes over all sentences, behind the short ones")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--test-rows", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="1 is faster than 2 where other work shares the cores")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
+    args = started(parser)
     tokenizer, longest = build_tokenizer(), int(LONGEST_SECONDS)
     extractor = WhisperFeatureExtractor(feature_size=MEL_BINS, sampling_rate=RATE, hop_length=HOP, chunk_length=longest)
     model = build_model(tokenizer)
     seconds = train(model, *render(extractor, tokenizer, args), args)
     before = evaluate(model, extractor, tokenizer, args.test_rows)
 
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
-    tokenizer.save_pretrained(partial)
-    extractor.save_pretrained(partial)
-    stored = WhisperForConditionalGeneration.from_pretrained(partial, dtype=torch.float32)
-    scores = evaluate(stored, extractor, tokenizer, args.test_rows)
-    facts = {"parameters": stored.num_parameters(), "megabytes": (partial / "model.safetensors").stat().st_size / 1e6}
-    facts |= {"seconds": seconds, "words": len(WORDS), "wer_before": before["wer"], "longest": longest}
-    card = CARD.format(**vars(args), **facts, **scores)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
-    print(card)
+    def card(stored: WhisperForConditionalGeneration, facts: dict[str, Any]) -> str:
+        facts |= {"seconds": seconds, "words": len(WORDS), "wer_before": before["wer"], "longest": longest}
+        return CARD.format(**vars(args), **facts, **evaluate(stored, extractor, tokenizer, args.test_rows))
+
+    publish(model, [tokenizer, extractor], args.out, card)
 
 
 if __name__ == "__main__":

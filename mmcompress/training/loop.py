@@ -38,6 +38,7 @@ def train(
     objective: Objective,
     what: str = "finetune",
     before_step: Callable[[int, int], None] | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, Any]:
     """Trains a model's module in place.
 
@@ -50,6 +51,7 @@ def train(
         objective: what to minimise.
         what: the pass's name, for messages and the progress bar.
         before_step: called with the step's number and the number of steps.
+        span: which part of the learning rate's schedule this training is, from 0 to 1: several in a row share one.
 
     Returns:
         Facts for the history, the same in every repetition: steps, examples, losses.
@@ -70,7 +72,7 @@ def train(
     began = time.perf_counter()
     with _seeded(context.seed, device), _accelerator(device, precision) as accelerator, _frozen(model, settings, what):
         objective.start(accelerator.device, precision)
-        runner = _Runner(model, objective, settings, accelerator, steps, what)
+        runner = _Runner(model, objective, settings, accelerator, steps, what, span)
         batches = context.reporter.track(feed.batches(steps), what, total=steps)
         for step, batch in enumerate(batches):
             if before_step is not None:
@@ -113,16 +115,23 @@ def count_steps(settings: TrainingSettings, steps_per_epoch: int) -> int:
     return min(steps, settings.max_steps) if settings.max_steps is not None else steps
 
 
-def rate_share(step: int, steps: int, warmup: float) -> float:
-    """The learning rate of a step as a share of its peak: a straight rise over ``warmup * steps`` steps, then a half cosine.
+def rate_share(step: int, steps: int, warmup: float, span: tuple[float, float] = (0.0, 1.0)) -> float:
+    """The learning rate of a step as a share of its peak: a straight rise over ``warmup`` of all steps, then a half cosine.
 
     The rise ends at 1 in its last step; the cosine starts from 1 and would reach 0 one step after the last one, so that no
     step is wasted (Loshchilov and Hutter 2017, equation 5).
+
+    Args:
+        steps: of this training.
+        span: where in the whole schedule this training begins and ends, 0 to 1.
     """
-    rise = math.ceil(warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    start, end = span
+    every = steps / (end - start)
+    place = step + start * every
+    rise = math.ceil(warmup * every)
+    if place < rise:
+        return min(1.0, (place + 1) / rise)
+    return 0.5 * (1 + math.cos(math.pi * (place - rise) / (every - rise)))
 
 
 def parameter_groups(module: nn.Module, extra: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -165,9 +174,10 @@ class _Runner:
         accelerator: Accelerator,
         steps: int,
         what: str,
+        span: tuple[float, float],
     ) -> None:
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
-        self.steps, self.what = steps, what
+        self.steps, self.what, self.span = steps, what, span
         on_cpu = accelerator.device.type == "cpu"
         slow = on_cpu and accelerator.mixed_precision == "bf16"
         forward = _Forward(model.family, model.module, slow).to(accelerator.device)
@@ -189,7 +199,7 @@ class _Runner:
     def step(self, step: int, batch: Batch) -> float:
         """Forward, backward, update; returns the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate_share(step, self.steps, self.settings.warmup)
+            group["lr"] = self.settings.learning_rate * rate_share(step, self.steps, self.settings.warmup, self.span)
         found = self.forward({name: values for name, values in batch.items() if name not in ("target", "index")})
         parts = self.objective(Outputs(**found), batch)
         total = torch.stack(list(parts.values())).sum()

@@ -242,6 +242,12 @@ def test_epochs_become_steps() -> None:
     assert count_steps(settings(epochs=5, max_steps=7), 10) == 7
 
 
+def test_trainings_in_a_row_share_one_schedule() -> None:
+    whole = [rate_share(k, 30, 0.1) for k in range(30)]
+    thirds = [rate_share(k, 10, 0.1, (part / 3, (part + 1) / 3)) for part in range(3) for k in range(10)]
+    assert thirds == pytest.approx(whole)
+
+
 def test_learning_rate_by_hand() -> None:
     # 10 steps, 2 of them rise: 1/2, 1, then half a cosine over 8 from 1, through 1/2 in its middle.
     found = [rate_share(k, 10, 0.2) for k in range(10)]

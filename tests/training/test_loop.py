@@ -232,6 +232,17 @@ def test_batches_cover_an_epoch_and_pictures_stay_with_their_texts(model: Compre
             assert batch["target"][k] == examples[i]["label"]
 
 
+def test_a_step_is_given_the_same_wherever_one_begins(model: CompressedModel) -> None:
+    examples = as_examples(tiny.dataset(40))
+    whole = list(Feed(examples, model.processor, TASK, 16, seed=3).batches(7))
+    for start in (0, 1, 2, 5, 7):
+        part = list(Feed(examples, model.processor, TASK, 16, seed=3).batches(7, start))
+        assert len(part) == 7 - start
+        for a, b in zip(part, whole[start:], strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_fewer_examples_than_a_batch_are_one_smaller_batch(model: CompressedModel) -> None:
     _, facts = run(model, context(5), batch_size=128, epochs=2)
     assert (facts["batch_size"], facts["steps"], facts["examples"]) == (5, 2, 10)

@@ -48,8 +48,8 @@ class Qat(DistillationSettings, Pass):
     )
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-        """What is wrong with ``freeze`` for a model of these towers."""
-        return self.freeze_mistakes(family.towers)
+        """What is wrong with ``freeze`` and with weights by tower for a model of these towers."""
+        return [*self.freeze_mistakes(family.towers), *self.loss_mistakes(family.towers)]
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Calibrates, trains and exports a copy of the model.

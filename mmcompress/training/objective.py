@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from mmcompress.errors import RecipeError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
 from mmcompress.tasks.base import Task
-from mmcompress.training.settings import TASK_LOSS, DistillationSettings
+from mmcompress.training.losses.base import Loss, Shapes, TowerLoss
+from mmcompress.training.settings import TASK_LOSS, DistillationSettings, Weights, counts
 from mmcompress.training.teacher import Teacher, embedding_sizes, find_teacher
 
 
@@ -53,26 +54,27 @@ class TaskObjective(Objective):
 class DistillObjective(Objective):
     """The task's loss and losses against a teacher, each with its weight; a weight of 0 leaves its loss out."""
 
-    def __init__(self, task: Task, weights: Mapping[str, float], student: CompressedModel, teacher: Teacher | None) -> None:
+    def __init__(self, task: Task, weights: Weights, student: CompressedModel, teacher: Teacher | None) -> None:
         """Builds the losses.
 
         Args:
-            weights: for each loss's name its weight, `task` among them.
+            weights: for each loss's name its weight, or one for each tower, `task` among them.
             student: the model that will be trained; its embeddings' widths are what the losses are made for.
             teacher: None where no loss needs one.
         """
         super().__init__()
         self.task, self.teacher = task, teacher
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.weights = {name: weight for name, weight in weights.items() if counts(weight)}
         self._sizes = embedding_sizes(student)
         self.losses = nn.ModuleDict()
 
     def start(self, device: torch.device, precision: str) -> None:
         """Builds the losses (their projections start from the run's seed) and moves the teacher to the device."""
-        theirs = self.teacher.sizes if self.teacher is not None else {}
+        ours = Shapes("student", self._sizes)
+        theirs = Shapes("teacher", self.teacher.sizes if self.teacher is not None else {})
         for name in self.weights:
             if name != TASK_LOSS:
-                self.losses[name] = registry.find("losses", name).LOSS(self._sizes, theirs)
+                self.losses[name] = registry.find("losses", name).LOSS.build(ours, theirs)
         if self.teacher is not None:
             self.teacher.start(device, precision)
         self.to(device)
@@ -80,14 +82,25 @@ class DistillObjective(Objective):
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
         """A part for each loss."""
         teacher = self.teacher(batch) if self.teacher is not None else Outputs(logit_scale=outputs.logit_scale.detach())
-        parts = {name: self.weights[name] * loss(outputs, teacher, batch) for name, loss in self.losses.items()}
-        if TASK_LOSS in self.weights:
-            parts[TASK_LOSS] = self.weights[TASK_LOSS] * self.task.loss(outputs, dict(batch))
+        parts = {
+            name: weighed(cast(Loss, loss), self.weights[name], outputs, teacher, batch) for name, loss in self.losses.items()
+        }
+        weight = self.weights.get(TASK_LOSS)
+        if isinstance(weight, (int, float)):
+            parts[TASK_LOSS] = weight * self.task.loss(outputs, dict(batch))
         return parts
 
     def facts(self) -> dict[str, Any]:
         """How long the teacher took, and for how many pictures and texts it was asked."""
         return self.teacher.facts() if self.teacher is not None else {}
+
+
+def weighed(loss: Loss, weight: float | Mapping[str, float], student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+    """A loss times its weight, or the sum of its towers' parts with a weight each; a tower without one does not count."""
+    if not isinstance(weight, Mapping):
+        return weight * cast(torch.Tensor, loss(student, teacher, batch))
+    shares = cast(TowerLoss, loss).shares(student, teacher, batch)
+    return torch.stack([share * weight.get(tower, 0.0) for tower, share in shares.items()]).sum()
 
 
 def distillation(settings: DistillationSettings, student: CompressedModel, context: Context, what: str) -> DistillObjective:
@@ -103,8 +116,11 @@ def distillation(settings: DistillationSettings, student: CompressedModel, conte
         RecipeError: a loss compares what the task's models do not give.
     """
     task, examples = context.need_task(what), context.need_train(what)
+    wrong = settings.loss_mistakes(student.family.towers)
+    if wrong:
+        raise RecipeError(f"{what}: " + "; ".join(wrong))
     weights = settings.weights(task)
-    used = {name: registry.find("losses", name).LOSS for name, weight in weights.items() if weight > 0 and name != TASK_LOSS}
+    used = {name: registry.find("losses", name).LOSS for name, weight in weights.items() if counts(weight) and name != TASK_LOSS}
     for name, loss in used.items():
         if "embeddings" in loss.needs and "embeddings" not in task.needs:
             fitting = [n for n in registry.names("losses") if "embeddings" not in registry.find("losses", n).LOSS.needs]

@@ -17,6 +17,13 @@ TASK_LOSS = "task"
 """The key under which ``losses`` weighs the task's own loss."""
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weights = Mapping[str, float | Mapping[str, float]]
+"""For each loss its weight, or one for each tower."""
+
+
+def counts(weight: float | Mapping[str, float]) -> bool:
+    """Whether a loss with this weight is there at all."""
+    return any(weight.values()) if isinstance(weight, Mapping) else weight > 0
 
 
 class TrainingSettings(BaseModel):
@@ -72,9 +79,10 @@ class PseudoLabels(BaseModel):
 class DistillationSettings(TrainingSettings):
     """What a student learns from its teacher."""
 
-    losses: dict[str, Weight] | None = Field(
+    losses: dict[str, Weight | dict[str, Weight]] | None = Field(
         None,
-        description="Weight of each loss, 0 or more; `mmcompress list losses` shows all. The key `task` weighs the task's own "
+        description="Weight of each loss, 0 or more, or for losses that are sums over towers one for each tower, such as "
+        "{feature: {vision: 4, text: 1}}; `mmcompress list losses` shows all. The key `task` weighs the task's own "
         "loss and is 1 where it is left out. Without it the task's usual ones: for tasks over embeddings `task` 1, `affinity` 1, "
         "`feature` 4; for tasks over answers `task` 1, `logit` 0.8.",
     )
@@ -86,17 +94,32 @@ class DistillationSettings(TrainingSettings):
 
     @field_validator("losses")
     @classmethod
-    def _known(cls, losses: dict[str, float] | None) -> dict[str, float] | None:
+    def _known(cls, losses: dict[str, float | dict[str, float]] | None) -> dict[str, float | dict[str, float]] | None:
         if losses is None:
             return None
         known = [TASK_LOSS, *registry.names("losses")]
         for name in losses:
             if name not in known:
                 raise ValueError(one_of("loss", name, known))
-        if not any(weight > 0 for name, weight in losses.items() if name != TASK_LOSS):
+        if isinstance(losses.get(TASK_LOSS), dict):
+            raise ValueError("task: the task's own loss is one for all towers; give it one weight")
+        if not any(counts(weight) for name, weight in losses.items() if name != TASK_LOSS):
             raise ValueError("no distillation loss has a weight above 0; the pass `finetune` trains on the task's loss alone")
         return {TASK_LOSS: 1.0, **losses}
 
-    def weights(self, task: Task) -> Mapping[str, float]:
+    def weights(self, task: Task) -> Weights:
         """Each loss's weight for a task."""
         return self.losses if self.losses is not None else task.distillation
+
+    def loss_mistakes(self, towers: Sequence[str]) -> list[str]:
+        """What is wrong with weights by tower for a model of these towers, a sentence each; loads the losses, and so torch."""
+        from mmcompress.training.losses.base import TowerLoss
+
+        wrong = []
+        for name, weight in (self.losses or {}).items():
+            if not isinstance(weight, Mapping):
+                continue
+            if not issubclass(registry.find("losses", name).LOSS, TowerLoss):
+                wrong.append(f"losses: {name} is no sum over towers, each pair counts for both; give it one weight")
+            wrong += [f"losses: {name}: " + one_of("tower", tower, towers) for tower in weight if tower not in towers]
+        return wrong

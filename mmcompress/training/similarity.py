@@ -50,3 +50,27 @@ def contrastive(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     asked = positives.any(-1)
     target = positives[asked].float()
     return F.cross_entropy(logits[asked], target / target.sum(-1, keepdim=True))
+
+
+def binary_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """For models that judge each pair or class by itself: the mean over rows of the summed ``KL(Bernoulli || Bernoulli)``.
+
+    The chances are the sigmoids of the teacher's and the student's logits, both (N, M); in nats.
+    """
+    right = teacher.sigmoid()
+    there = right * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    absent = (1 - right) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (there + absent).sum(-1).mean()
+
+
+def pairwise(student: Outputs, teacher: Outputs) -> bool:
+    """Whether both models judge each pair by itself (SigLIP), so that losses take their sigmoid form."""
+    return student.logit_bias is not None and teacher.logit_bias is not None
+
+
+def matching(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """The sigmoid form of `contrastive`: ``-sum_j log sigmoid(z_ij l_ij)``, its mean over rows, z 1 where right and -1 elsewhere.
+
+    SigLIP (Zhai et al. 2023, arXiv 2303.15343, algorithm 1). Arguments as in `contrastive`.
+    """
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum(1).mean()

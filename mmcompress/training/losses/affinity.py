@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.training.losses.base import Loss
-from mmcompress.training.similarity import cross_entropy, own_similarities
+from mmcompress.training.similarity import cross_entropy, own_similarities, pairwise
 
 
 class Affinity(Loss):
@@ -27,7 +27,7 @@ class Affinity(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """The mean of both ways, in nats."""
         ours, theirs = own_similarities(student), own_similarities(teacher)
-        if student.logit_bias is not None and teacher.logit_bias is not None:
+        if pairwise(student, teacher):
             return F.binary_cross_entropy_with_logits(ours, theirs.sigmoid(), reduction="none").sum(1).mean()
         return (cross_entropy(theirs, ours) + cross_entropy(theirs.T, ours.T)) / 2
 

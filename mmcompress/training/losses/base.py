@@ -6,13 +6,31 @@ Shapes: B pictures, U distinct texts, D_s and D_t the widths of the student's an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
 
 from mmcompress.families.base import Batch, Outputs
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a model gives, tower by tower, for the losses that must know it before the first step.
+
+    Attributes:
+        name: whose it is, for messages: ``student`` or ``teacher``.
+        embeds: the width D of the embeddings; empty for models that give none.
+        hidden: for each state before, between and after the layers its length S and width H; empty unless asked for.
+        attentions: for each layer its heads and the length of a row; empty unless asked for.
+    """
+
+    name: str
+    embeds: Mapping[str, int]
+    hidden: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    attentions: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
 
 class Loss(nn.Module, ABC):
@@ -24,7 +42,17 @@ class Loss(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True
     """False for a loss of the student's outputs alone, whose ``teacher`` then has none."""
     needs: ClassVar[frozenset[str]] = frozenset({"embeddings"})
-    """What outputs must hold: ``embeddings``, or nothing for a loss that takes what there is."""
+    """What outputs must hold: ``embeddings``, ``hidden`` states, ``attentions``, ``masked`` embeddings, or nothing for a loss
+    that takes what there is."""
+
+    @classmethod
+    def build(cls, student: Shapes, teacher: Shapes) -> Self:
+        """The loss for a pair of models.
+
+        Raises:
+            RecipeError: one of them lacks what the loss compares.
+        """
+        return cls(student.embeds, teacher.embeds)
 
     def __init__(self, student_sizes: Mapping[str, int], teacher_sizes: Mapping[str, int]) -> None:
         """Takes for each tower the width D of the student's and of the teacher's embeddings."""
@@ -33,6 +61,18 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, shape (); outputs are (B, D) for ``vision`` or ``audio`` and (U, D) for ``text``."""
+
+
+class TowerLoss(Loss):
+    """A loss that is a sum over towers, so that each may have a weight of its own."""
+
+    @abstractmethod
+    def shares(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        """Each tower's part, shape ()."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+        """The sum of all parts."""
+        return torch.stack(list(self.shares(student, teacher, batch).values())).sum()
 
 
 class Projections(nn.Module):

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import torch
 
 from mmcompress.families.base import Batch, Outputs
-from mmcompress.training.losses.base import Loss, Projections
+from mmcompress.training.losses.base import Projections, TowerLoss
 from mmcompress.training.similarity import unit
 
 
-class Feature(Loss):
+class Feature(TowerLoss):
     """FD of CLIP-KD (arXiv 2307.12732): over both towers, the sum of ``1/N sum_k |v_t,k - v_k|^2``.
 
     v are unit embeddings, the student's after a learned projection where the widths differ. A tower's share is
@@ -26,13 +26,12 @@ class Feature(Loss):
         super().__init__(student_sizes, teacher_sizes)
         self.project = Projections(student_sizes, teacher_sizes)
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
-        """The sum over towers, 0 to 8 with two of them."""
-        shares = [
-            (unit(self.project(tower, embeds)) - unit(teacher.embeds[tower])).square().sum(-1).mean()
+    def shares(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        """0 to 4 for each tower."""
+        return {
+            tower: (unit(self.project(tower, embeds)) - unit(teacher.embeds[tower])).square().sum(-1).mean()
             for tower, embeds in student.embeds.items()
-        ]
-        return torch.stack(shares).sum()
+        }
 
 
 LOSS = Feature

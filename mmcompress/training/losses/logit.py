@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn import functional as F
 
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.training.losses.base import Loss
-from mmcompress.training.similarity import divergence, own_similarities
+from mmcompress.training.similarity import binary_divergence, divergence, own_similarities, pairwise
 
 IGNORED = -100
 
@@ -25,8 +24,8 @@ class Logit(Loss):
     does not ask which picture suits a class best, and tau above 1 gives weight to how the teacher orders the wrong classes.
 
     Over answers z are the next token's logits, at the positions where the task's loss falls (Distil-Whisper,
-    arXiv 2311.00430, equation 2), or the classes'. For classifiers with soft targets, whose classes stand each for itself, it
-    is the binary KL of each class, summed.
+    arXiv 2311.00430, equation 2), or the classes'. For classifiers with soft targets, whose classes stand each for itself, and
+    for models with a bias (SigLIP), it is the binary KL of each class, summed.
     """
 
     needs = frozenset()
@@ -39,23 +38,16 @@ class Logit(Loss):
         """The mean over examples or positions, in nats times tau^2."""
         if student.logits is None or teacher.logits is None:
             ours, theirs = own_similarities(student), own_similarities(teacher)
-            return divergence(theirs / self.temperature, ours / self.temperature) * self.temperature**2
+            apart = binary_divergence if pairwise(student, teacher) else divergence
+            return apart(theirs / self.temperature, ours / self.temperature) * self.temperature**2
         ours, theirs = student.logits.float() / self.temperature, teacher.logits.float() / self.temperature
         labels = batch["labels"]
         if labels.is_floating_point():
-            return _binary_divergence(theirs, ours) * self.temperature**2
+            return binary_divergence(theirs, ours) * self.temperature**2
         if labels.dim() > 1:
             counted = labels != IGNORED
             ours, theirs = ours[counted], theirs[counted]
         return divergence(theirs, ours) * self.temperature**2
-
-
-def _binary_divergence(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """The mean over rows of the sum over classes of ``KL(Bernoulli(sigmoid z_t) || Bernoulli(sigmoid z))``."""
-    right = theirs.sigmoid()
-    there = right * (F.logsigmoid(theirs) - F.logsigmoid(ours))
-    absent = (1 - right) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
-    return (there + absent).sum(-1).mean()
 
 
 LOSS = Logit

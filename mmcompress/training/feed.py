@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -97,22 +98,24 @@ class Feed:
         self.steps_per_epoch = len(examples) // self.batch_size
         self.damaged: dict[int, str] = {}
         self.seconds = 0.0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._rows: dict[int, dict[str, Any]] = {}
         self._inputs: dict[int, dict[str, torch.Tensor]] = {}
         self._bytes = 0
 
-    def batches(self, steps: int) -> Iterator[dict[str, torch.Tensor]]:
-        """At most ``steps`` of the task's batches, each with ``index`` (B,), the examples that it is made of.
+    def batches(self, steps: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        """The task's batches from step ``start`` to before ``steps``, each with ``index`` (B,), the examples that it is made of.
 
-        A batch of nothing but damaged examples is left out.
+        What a step is given depends on the seed and the step's number alone, not on the steps before it. A batch of nothing but
+        damaged examples is left out.
 
         Raises:
             DataError: a picture or recording does not decode and may not be skipped, or no batch has one that does.
         """
-        step, some = 0, False
+        step, some = start, start >= steps
         while step < steps:
-            lists = self._order()[: steps - step]
+            epoch, place = divmod(step, self.steps_per_epoch)
+            lists = self.order(epoch)[place : place + steps - step]
             for indices, block in zip(lists, self._blocks(lists), strict=True):
                 began = time.perf_counter()
                 rows = self._keep(indices, block)
@@ -127,9 +130,9 @@ class Feed:
             what = WORDS[self.examples.kind]
             raise DataError(f"{self.examples.name}: not one {what} can be used: {next(iter(self.damaged.values()), '')}")
 
-    def _order(self) -> list[list[int]]:
-        """The next epoch's batches as indices."""
-        order: list[int] = torch.randperm(len(self.examples), generator=self._generator).tolist()
+    def order(self, epoch: int) -> list[list[int]]:
+        """An epoch's batches as indices: a function of the seed and the epoch, whatever was drawn before."""
+        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(len(self.examples)).tolist()
         size = self.batch_size
         return [order[k * size : (k + 1) * size] for k in range(self.steps_per_epoch)]
 

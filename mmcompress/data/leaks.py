@@ -22,6 +22,14 @@ def shared_media(train: Examples, test: Examples) -> int:
     return sum(found in seen for found in _hashes(test))
 
 
+def same_media(examples: Examples) -> list[bytes] | list[int]:
+    """For each example a value that is equal where pictures or recordings are, byte for byte as they are stored.
+
+    Data that is no `datasets.Dataset` (made, bundled, relabelled) is taken to have none twice.
+    """
+    return _hashes(examples) if isinstance(examples.rows, datasets.Dataset) else list(range(len(examples)))
+
+
 def _hashes(examples: Examples) -> list[bytes]:
     values = cast(datasets.Dataset, examples.rows)[examples.columns[examples.kind]]
     return [hashlib.blake2b(_bytes(value, examples), digest_size=16).digest() for value in values]

@@ -64,6 +64,9 @@ class Qat(DistillationSettings, Pass):
         from mmcompress.training.loop import train
         from mmcompress.training.objective import distillation
 
+        if self.checkpointing:
+            # Layers that run again in the backward pass would move their ranges again.
+            raise RecipeError("qat: checkpointing: does not go together with the ranges that qat observes; use micro_batch")
         if context.workdir is None:
             raise DataError("qat: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
         # Before the layers are replaced: it runs the model on random inputs, which no range should see.

@@ -6,7 +6,7 @@ Shapes: N examples, B of them in a batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +88,27 @@ class Feed:
         steps_per_epoch: full batches in an epoch; examples that do not fill one wait for another epoch's order.
         damaged: for each example that was skipped, what was wrong.
         seconds: spent on preparing batches or waiting for them.
+        reached: the step after that of the last batch, from where another feed would go on.
     """
 
     def __init__(
-        self, examples: Examples, processor: Processor, task: Task, batch_size: int, seed: int, workers: int = 0
+        self,
+        examples: Examples,
+        processor: Processor,
+        task: Task,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        only: Sequence[int] | None = None,
     ) -> None:
+        """Takes the examples, or ``only`` those with these indices."""
         self.examples, self.processor, self.task, self.workers = examples, processor, task, workers
-        self.batch_size = min(batch_size, len(examples))
-        self.steps_per_epoch = len(examples) // self.batch_size
+        self.only = only if only is not None else range(len(examples))
+        self.batch_size = min(batch_size, len(self.only))
+        self.steps_per_epoch = len(self.only) // self.batch_size
         self.damaged: dict[int, str] = {}
         self.seconds = 0.0
+        self.reached = 0
         self._seed = seed
         self._rows: dict[int, dict[str, Any]] = {}
         self._inputs: dict[int, dict[str, torch.Tensor]] = {}
@@ -124,6 +135,7 @@ class Feed:
                     batch = self.task.collate(rows, self.processor, self.examples, draw=step)
                     batch["index"] = torch.tensor([row["index"] for row in rows])
                     self.seconds += time.perf_counter() - began
+                    self.reached = step + 1
                     yield batch
                 step += 1
         if not some:
@@ -132,7 +144,8 @@ class Feed:
 
     def order(self, epoch: int) -> list[list[int]]:
         """An epoch's batches as indices: a function of the seed and the epoch, whatever was drawn before."""
-        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(len(self.examples)).tolist()
+        places = np.random.default_rng([self._seed, epoch]).permutation(len(self.only)).tolist()
+        order = [self.only[i] for i in places]
         size = self.batch_size
         return [order[k * size : (k + 1) * size] for k in range(self.steps_per_epoch)]
 

@@ -26,6 +26,18 @@ def counts(weight: float | Mapping[str, float]) -> bool:
     return any(weight.values()) if isinstance(weight, Mapping) else weight > 0
 
 
+class EarlyStop(BaseModel):
+    """When training ends before its last step: the loss on a hold-out of the training examples stopped falling."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patience: int = Field(3, ge=1, le=1000, description="How many looks in a row may show no lower loss (1 to 1000).")
+    every: float = Field(0.25, gt=0, le=1000, description="Epochs between two looks, above 0; at least one step.")
+    holdout: float = Field(
+        0.05, gt=0, le=0.5, description="Share of the training examples that is held out, above 0 to 0.5; never of data.eval."
+    )
+
+
 class TrainingSettings(BaseModel):
     """How long, how fast and on what a model is trained. Mixed into the passes, which bring the pydantic config."""
 
@@ -53,6 +65,27 @@ class TrainingSettings(BaseModel):
         "auto", description="Where to train; auto takes what the run uses, or the first that is there of cuda, mps, cpu."
     )
     freeze: list[str] = Field(default_factory=list, description="Towers that stay as they are, such as [text].")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Examples in a forward pass: less memory, the same gradients. Tasks over embeddings then run each example "
+        "forward twice (GradCache), others accumulate. Left out: the whole batch at once.",
+    )
+    checkpointing: bool = Field(
+        False, description="Gradient checkpointing: layers are computed again in the backward pass instead of kept; less memory."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay a step of an exponential moving average of the weights, such as 0.999, above 0, below 1; the average "
+        "is the result. Left out: the last weights are.",
+    )
+    early_stop: EarlyStop | None = Field(
+        None,
+        description="Ends the training when the loss on held-out training examples stops falling, and takes the weights of the "
+        "best look; such as {patience: 3, every: 0.25, holdout: 0.05}. Left out: all steps are done.",
+    )
 
     def freeze_mistakes(self, towers: Sequence[str]) -> list[str]:
         """What is wrong with ``freeze`` for a model of these towers, a sentence each."""

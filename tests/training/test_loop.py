@@ -24,8 +24,9 @@ from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassif
 from mmcompress.training import feed as feeds
 from mmcompress.training.autocast import Float32Attention, computing
 from mmcompress.training.feed import Feed
-from mmcompress.training.loop import count_steps, parameter_groups, rate_share, train
+from mmcompress.training.loop import train
 from mmcompress.training.objective import Objective, TaskObjective
+from mmcompress.training.schedule import count_steps, parameter_groups, rate_share
 from mmcompress.training.settings import TrainingSettings
 from tests import tiny
 

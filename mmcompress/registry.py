@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mmcompress.errors import UserError, one_of
 
@@ -46,12 +47,40 @@ def names(kind: str) -> list[str]:
 
 def describe(kind: str, name: str) -> str:
     """The first line of the docstring of the file behind a name, read without importing it."""
+    path = _path(kind, name)
+    text = ast.get_docstring(_parsed(path)) if path is not None else None
+    return text.splitlines()[0] if text else ""
+
+
+def stated(kind: str, name: str, attribute: str, default: Any) -> Any:
+    """What a class in the file behind a name sets a class variable to, read without importing it.
+
+    Args:
+        attribute: the class variable; it must be set to a literal in the class's own body, as it is not looked for in bases.
+        default: what is returned where no class of the file sets it.
+    """
+    path = _path(kind, name)
+    for thing in _parsed(path).body if path is not None else []:
+        for node in thing.body if isinstance(thing, ast.ClassDef) else []:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            if value is not None and any(isinstance(t, ast.Name) and t.id == attribute for t in targets):
+                return ast.literal_eval(value)
+    return default
+
+
+def _path(kind: str, name: str) -> Path | None:
+    """The file behind a name, where it can be found without importing it."""
     path = _files(kind).get(name)
-    if path is None:
+    if path is None and name in _added(kind):
         spec = importlib.util.find_spec(_added(kind)[name].module)
         path = Path(spec.origin) if spec is not None and spec.origin is not None else None
-    text = ast.get_docstring(ast.parse(path.read_text())) if path is not None else None
-    return text.splitlines()[0] if text else ""
+    return path
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def find(kind: str, name: str) -> ModuleType:

@@ -11,19 +11,13 @@ from mmcompress import registry
 from mmcompress.context import Context
 from mmcompress.errors import RecipeError, one_of
 from mmcompress.passes.base import Pass
-from mmcompress.pruning.units import Axis, Scope, Shares
+from mmcompress.pruning.units import Axis, Scope, Shares, axis_mistake
 
 if TYPE_CHECKING:
     from mmcompress.families.base import Family
     from mmcompress.model import CompressedModel
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-READS_DATA = ("taylor", "activation")
-"""The criteria here that need examples. A recipe check must know without importing them; one that another package adds is
-asked when it runs."""
-LAYERS_ONLY = ("spacing",)
-"""The criteria here that choose whole layers and know no other units."""
 
 
 class Prune(Pass):
@@ -44,9 +38,12 @@ class Prune(Pass):
     )
     criterion: str = Field(
         "magnitude",
-        description="How units are ranked, by name; `mmcompress list criteria` shows all. taylor and activation read data.train.",
+        description="How units are ranked, by name; `mmcompress list criteria` shows all. Those that look at "
+        "examples, such as taylor, read data.train.",
     )
-    samples: int = Field(512, ge=8, le=100_000, description="Training examples that taylor and activation look at, 8 to 100000.")
+    samples: int = Field(
+        512, ge=8, le=100_000, description="Training examples that the criterion looks at, where it looks at any, 8 to 100000."
+    )
     batch_size: int = Field(64, ge=2, le=65_536, description="Examples in one batch while scoring, 2 to 65536.")
     scope: Scope = Field(
         "layer",
@@ -66,7 +63,7 @@ class Prune(Pass):
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the criterion here
         """The splits that the pass reads."""
-        return ("train",) if self.criterion in READS_DATA else ()
+        return ("train",) if registry.stated("criteria", self.criterion, "needs_data", False) else ()
 
     @field_validator("criterion")
     @classmethod
@@ -88,8 +85,9 @@ class Prune(Pass):
             raise ValueError(
                 f"scope: tower ranks units over layers, and {self.axis} is one choice for the tower; leave scope out"
             )
-        if self.criterion in LAYERS_ONLY and self.axis != "depth":
-            raise ValueError(f"criterion: {self.criterion} chooses whole layers; use it with axis: depth, or another criterion")
+        axes = registry.stated("criteria", self.criterion, "axes", (self.axis,))
+        if self.axis not in axes:
+            raise ValueError(f"criterion: {axis_mistake(self.criterion, self.axis, axes)}")
         if self.allow_custom:
             return self
         otherwise = "or set allow_custom: true, and only mmcompress and ONNX runtimes load the result"
@@ -151,6 +149,7 @@ class Prune(Pass):
         counts = {t: count(p) for t, p in tower_parameters(model.family, model.module).items()}
         new = context.copy_of(model)
         probe = Probe(new, context.seed, samples=self.samples, batch_size=self.batch_size, reporter=context.reporter)
+        probe.warnings = context.warnings
         if criterion.needs_data:
             probe.task, probe.examples = context.need_task("prune"), context.need_train("prune")
             probe.device = pick_device(context.device)
@@ -158,7 +157,7 @@ class Prune(Pass):
         if self.axis == "depth":
             facts["kept_layers"] = cut.prune_layers(new, shares, criterion, probe)
         else:
-            cut.prune_units(new, shares, criterion, probe)
+            facts |= cut.prune_units(new, shares, criterion, probe)
         cut.rebuild(new, self.allow_custom)
         after = cut.sizes(new)
         facts["sizes"] = {tower: {"before": before[tower], "after": after[tower]} for tower in model.family.towers}

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mmcompress.errors import ModelError, TrainingError
 from mmcompress.families.base import Coupled, Family, UnitGroup
 from mmcompress.model import CompressedModel, reshape_like
-from mmcompress.pruning.criteria.base import Criterion, Probe
+from mmcompress.pruning.criteria.base import Criterion, Cut, Probe
 from mmcompress.pruning.units import CoupledGroup, Shares, Slice, Tap
 
 
@@ -182,21 +182,38 @@ def best(scores: torch.Tensor, count: int) -> list[int]:
     return sorted(int(i) for i in order)
 
 
-def choose_over_tower(scores: Sequence[torch.Tensor], total: int, step: int) -> list[list[int]]:
-    """Which units stay when all groups of a tower are ranked together.
+def unit_shape(group: CoupledGroup) -> tuple[object, ...]:
+    """What is the same for two groups if and only if one of their units is cut from weights of the same shapes.
 
-    Scores are divided by their group's mean, as magnitudes and gradients differ from layer to layer. Units go in chunks of
+    Units of different shape (heads and neurons, the neurons of a narrow and of a wide stage) are not ranked together: how their
+    scores compare says more about their shapes than about their worth (Isomorphic Pruning, Fang et al. 2024, arXiv 2407.04616).
+    How many units a group has left does not matter.
+    """
+    shapes = []
+    for part in group.slices:
+        shape = list(part.parameter.shape)
+        shape[part.dim] = len(part.index) // group.units
+        shapes.append((part.dim, tuple(shape)))
+    return group.group.axis, group.group.block, tuple(sorted(shapes))
+
+
+def choose_over_tower(scores: Sequence[torch.Tensor], total: int, step: int, one_scale: bool = False) -> list[list[int]]:
+    """Which units stay when groups of units of one shape are ranked together.
+
+    Scores are divided by their group's mean unless they are of one scale: magnitudes and gradients differ from layer to layer.
+    Units go in chunks of
     ``step`` (a group's best ones first), so that every group keeps a multiple of it, and at least one chunk.
 
     Args:
         scores: for each group a tensor of shape (U,).
         total: how many units stay in all groups together.
         step: what each group's count must be a multiple of.
+        one_scale: whether scores of different groups compare as they are.
     """
     chunks = []  # (first of its group, worth, group, size)
     for number, own in enumerate(scores):
         mean = own.mean()
-        ranked = torch.sort(own / mean if mean > 0 else own, descending=True).values
+        ranked = torch.sort(own if one_scale or mean <= 0 else own / mean, descending=True).values
         for place, part in enumerate(ranked.split(step)):
             chunks.append((place == 0, float(part.mean()), number, len(part)))
     counts = [0] * len(scores)
@@ -206,8 +223,8 @@ def choose_over_tower(scores: Sequence[torch.Tensor], total: int, step: int) -> 
     return [best(own, count) for own, count in zip(scores, counts, strict=True)]
 
 
-def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe) -> None:
-    """Cuts FFN units, heads or the residual width of ``model`` in place.
+def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe) -> dict[str, Any]:
+    """Cuts FFN units, heads or the residual width of ``model`` in place; returns the criterion's facts for the report.
 
     Raises:
         ModelError: the graph does not couple the units as they must be.
@@ -226,10 +243,16 @@ def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, pr
     scores = criterion.unit_scores(coupled, probe)
     model.module.to("cpu")
     scores = [_finite(s, c.group.name, c.units) for c, s in zip(coupled, scores, strict=True)]
+    cuts: dict[str, list[Cut]] = {}
+    for tower in graphs:
+        own = [(c, s) for c, s in zip(coupled, scores, strict=True) if c.group.tower == tower]
+        chosen = _choose(own, tower, shares, criterion.one_scale)
+        cuts[tower] = [Cut(c, tuple(keep)) for (c, _), keep in zip(own, chosen, strict=True)]
+    facts = criterion.compensate([cut for own in cuts.values() for cut in own], probe)
     for tower, graph in graphs.items():
-        own = [(c.group, s) for c, s in zip(coupled, scores, strict=True) if c.group.tower == tower]
-        for (group, _), keep in zip(own, _choose(own, tower, shares), strict=True):
-            cut_units(graph, group, keep)
+        for cut in cuts[tower]:
+            cut_units(graph, cut.group.group, cut.keep)
+    return facts
 
 
 def _groups(model: CompressedModel, tower: str, axis: str) -> list[UnitGroup]:
@@ -238,19 +261,36 @@ def _groups(model: CompressedModel, tower: str, axis: str) -> list[UnitGroup]:
     return [*heads, *model.family.unit_groups(model.module, tower, axis)]
 
 
-def _choose(own: Sequence[tuple[UnitGroup, torch.Tensor]], tower: str, shares: Shares) -> list[list[int]]:
+def _choose(
+    own: Sequence[tuple[CoupledGroup, torch.Tensor]], tower: str, shares: Shares, one_scale: bool = False
+) -> list[list[int]]:
     """For each group of one tower the units that stay."""
     if shares.scope == "tower":
-        total = shares.kept(tower, sum(len(s) for _, s in own))
-        return choose_over_tower([s for _, s in own], total, shares.step)
-    if shares.axis != "width" or own[0][0].axis != "heads":
+        return _choose_by_shape(own, tower, shares, one_scale)
+    first = own[0][0].group
+    if shares.axis != "width" or first.axis != "heads":
         # Where layers differ in size (stages of a Swin tower or a ResNet) one key sets all sizes: they are cut in proportion.
         least = min(len(s) for _, s in own)
         kept = shares.kept(tower, least)
         return [best(s, kept * len(s) // least if len(s) % least == 0 else shares.kept(tower, len(s))) for _, s in own]
-    size = own[0][0].block
-    heads = shares.kept(tower, own[-1][0].size // size)
-    return [best(s, heads if group.axis == "heads" else heads * size) for group, s in own]
+    heads = shares.kept(tower, own[-1][0].group.size // first.block)
+    return [best(s, heads if c.group.axis == "heads" else heads * first.block) for c, s in own]
+
+
+def _choose_by_shape(
+    own: Sequence[tuple[CoupledGroup, torch.Tensor]], tower: str, shares: Shares, one_scale: bool
+) -> list[list[int]]:
+    """The same where units are ranked over a tower: the same share of each class of units of one shape."""
+    classes: dict[tuple[object, ...], list[int]] = {}
+    for place, (group, _) in enumerate(own):
+        classes.setdefault(unit_shape(group), []).append(place)
+    chosen: list[list[int]] = [[] for _ in own]
+    for places in classes.values():
+        scores = [own[place][1] for place in places]
+        total = shares.kept(tower, sum(map(len, scores)))
+        for place, keep in zip(places, choose_over_tower(scores, total, shares.step, one_scale), strict=True):
+            chosen[place] = keep
+    return chosen
 
 
 def _finite(scores: torch.Tensor, what: str, units: int) -> torch.Tensor:

@@ -35,6 +35,12 @@ def kept_count(size: int, ratio: float, step: int = 1) -> int:
     return min(size, step * int(size * (1 - ratio) / step + 0.5))
 
 
+def axis_mistake(name: str, axis: str, axes: Sequence[str]) -> str:
+    """Why a criterion cannot be used along an axis."""
+    does = "chooses whole layers" if tuple(axes) == ("depth",) else f"does not say what is lost along the axis {axis}"
+    return f"{name} {does}; use it with axis: {' or '.join(axes)}, or another criterion"
+
+
 @dataclass(frozen=True)
 class Shares:
     """How much is cut where.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,60 +13,17 @@ from torch import nn
 
 from mmcompress.errors import DataError, TrainingError
 from mmcompress.families.base import UnitGroup
-from mmcompress.model import CompressedModel
 from mmcompress.pruning import cut
 from mmcompress.pruning.criteria.activation import Activation
-from mmcompress.pruning.criteria.base import Probe
+from mmcompress.pruning.criteria.base import Criterion
+from mmcompress.pruning.criteria.influence import Influence
 from mmcompress.pruning.criteria.magnitude import Magnitude
+from mmcompress.pruning.criteria.magnitude_l1 import MagnitudeL1
 from mmcompress.pruning.criteria.random import Random
 from mmcompress.pruning.criteria.taylor import Taylor
-from mmcompress.pruning.units import CoupledGroup, Slice, Tap
+from mmcompress.pruning.units import CoupledGroup, Tap
 from tests import tiny
-from tests.pruning.helpers import context, full
-
-
-def coupled(model: CompressedModel, tower: str, axis: str, place: int = 0) -> CoupledGroup:
-    graph = cut.trace(model.family, model.module, tower)
-    return cut.couple(graph, model.module, model.family.unit_groups(model.module, tower, axis)[place])
-
-
-def probe(model: CompressedModel, **changes: Any) -> Probe:
-    given = context()
-    return Probe(model, **{"task": given.task, "examples": given.train, "samples": 24, "batch_size": 12, **changes})
-
-
-class Batches(Probe):
-    """A probe whose batches are given."""
-
-    given: list[dict[str, torch.Tensor]]
-
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield from self.given
-
-
-def toy(module: nn.Module, batches: list[dict[str, torch.Tensor]], reads_mask: bool = False) -> Batches:
-    """A probe over any module that maps ``batch["x"]``; its output is the loss's input."""
-    part = SimpleNamespace(tower="t", inputs=("x", "attention_mask") if reads_mask else ("x",))
-    family = SimpleNamespace(forward=lambda m, batch: m(batch["x"]), components=lambda m: {"t": part})
-    task = SimpleNamespace(loss=lambda outputs, batch: outputs.sum())
-    made = Batches(SimpleNamespace(module=module, family=family), task=task, examples=[0])  # type: ignore[arg-type]
-    made.given = batches
-    return made
-
-
-def linear(weight: list[list[float]]) -> nn.Linear:
-    values = torch.tensor(weight)
-    layer = nn.Linear(values.shape[1], values.shape[0], bias=False)
-    layer.weight = nn.Parameter(values)
-    return layer
-
-
-def two_units() -> tuple[nn.Sequential, CoupledGroup]:
-    """x -> (2x, 3x) -> 5 * 2x - 7 * 3x."""
-    net = nn.Sequential(linear([[2.0], [3.0]]), linear([[5.0, -7.0]]))
-    both = torch.arange(2)
-    slices = (Slice("0", net[0].weight, 0, both, both), Slice("1", net[1].weight, 1, both, both))
-    return net, CoupledGroup(UnitGroup("t", "ffn", "net", net[0], 2), slices, (Tap(net[1], "input", both, both),))
+from tests.pruning.helpers import Batches, context, coupled, full, linear, probe, toy, two_units
 
 
 def test_magnitude_by_hand() -> None:
@@ -77,20 +32,27 @@ def test_magnitude_by_hand() -> None:
     assert scores.tolist() == [4 + 25, 9 + 49]
 
 
+def test_magnitude_l1_by_hand() -> None:
+    net, group = two_units()
+    (scores,) = MagnitudeL1().unit_scores([group], toy(net, []))
+    assert scores.tolist() == [2 + 5, 3 + 7]
+
+
+@pytest.mark.parametrize(("criterion", "p"), [(Magnitude, 2), (MagnitudeL1, 1)])
 @pytest.mark.parametrize("axis", ["ffn", "heads", "width"])
-def test_magnitude_is_torch_prunings_group_magnitude(axis: str) -> None:
+def test_magnitude_is_torch_prunings_group_magnitude_on_a_tower(axis: str, criterion: type[Criterion], p: int) -> None:
     model = full(tiny.clip())
     graph = cut.trace(model.family, model.module, "vision")
     group = model.family.unit_groups(model.module, "vision", axis)[0]
     part, inputs, unwrapped = model.family.tracing(model.module, "vision", model.family.example_batch(model.module.config, 2))
     theirs = tp.DependencyGraph().build_dependency(part, inputs, unwrapped_parameters=[(p, 0) for p in unwrapped], verbose=False)
-    importance = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None, bias=True)
+    importance = tp.importance.GroupMagnitudeImportance(p=p, group_reduction="sum", normalizer=None, bias=True)
     channels = importance(theirs.get_pruning_group(group.root, tp.prune_linear_out_channels, list(range(group.size)))).double()
     if axis == "width":  # which Torch-Pruning does not count, and we do
         embeddings = model.module.vision_model.embeddings
-        channels = channels + embeddings.position_embedding.weight.square().sum(0) + embeddings.class_embedding.square()
+        channels = channels + embeddings.position_embedding.weight.abs().pow(p).sum(0) + embeddings.class_embedding.abs().pow(p)
     expected = channels.view(-1, group.block).sum(1)
-    (ours,) = Magnitude().unit_scores([cut.couple(graph, model.module, group)], probe(model))
+    (ours,) = criterion().unit_scores([cut.couple(graph, model.module, group)], probe(model))
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -98,6 +60,7 @@ def test_magnitude_of_layers_is_the_mean_square_of_matrices() -> None:
     layers = [nn.Sequential(linear([[1.0, 2.0]]), nn.LayerNorm(1)), nn.Sequential(linear([[3.0], [1.0]]))]
     scores = Magnitude().layer_scores({"t": layers}, toy(nn.Identity(), []))
     assert scores["t"].tolist() == [2.5, 5.0]
+    assert MagnitudeL1().layer_scores({"t": layers}, toy(nn.Identity(), []))["t"].tolist() == [1.5, 2.0]
 
 
 def test_taylor_by_hand() -> None:
@@ -193,7 +156,8 @@ class Turn(nn.Module):
         return (torch.where(x[..., :1] == 1, x.flip(-1), x),)
 
 
-def test_block_influence_by_hand() -> None:
+@pytest.mark.parametrize("criterion", [Influence, Activation])
+def test_block_influence_by_hand(criterion: type[Criterion]) -> None:
     # Cosines 0 and 1 in the first batch, 1 and 1 in the second: 1 - 3/4. The identity changes nothing: 0.
     turn, same = Turn(), nn.Identity()
 
@@ -204,10 +168,10 @@ def test_block_influence_by_hand() -> None:
 
     first = torch.tensor([[[1.0, 0.0], [2.0, 2.0]]])
     second = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
-    scores = Activation().layer_scores({"t": [same, turn]}, toy(Both(), [{"x": first}, {"x": second}]))
+    scores = criterion().layer_scores({"t": [same, turn]}, toy(Both(), [{"x": first}, {"x": second}]))
     assert scores["t"].tolist() == pytest.approx([0, 0.25], abs=1e-7)
     masked = {"x": first, "attention_mask": torch.tensor([[1, 0]])}
-    scores = Activation().layer_scores({"t": [same, turn]}, toy(Both(), [masked], reads_mask=True))
+    scores = criterion().layer_scores({"t": [same, turn]}, toy(Both(), [masked], reads_mask=True))
     assert scores["t"].tolist() == pytest.approx([0, 1])
 
 

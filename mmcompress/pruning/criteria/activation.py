@@ -1,7 +1,7 @@
 """How strongly units fire on examples (Minitron); for layers, how much they change their input (block influence).
 
 Units: the mean over tokens of the absolute activation, then the L2 norm over samples (Muralidharan et al. 2024, Minitron,
-arXiv 2407.14679, section 2.2). Layers: 1 - E cos(x_l, x_l+1) (Men et al. 2024, ShortGPT, arXiv 2403.03853, eq. 1).
+arXiv 2407.14679, section 2.2). Layers: as the criterion `influence`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmcompress.pruning.criteria.base import Criterion, Probe, Reduce, Watch, token_mean
+from mmcompress.pruning.criteria.influence import block_influence
 from mmcompress.pruning.units import CoupledGroup, Tap
 
 
@@ -33,12 +34,7 @@ class Activation(Criterion):
         return scores
 
     def layer_scores(self, stacks: Mapping[str, Sequence[nn.Module]], probe: Probe) -> dict[str, torch.Tensor]:
-        watched = [Watch(tower, layer, cosine_sum) for tower, layers in stacks.items() for layer in layers]
-        total = torch.zeros(len(watched), 2, dtype=torch.float64)
-        for found in probe.observe(watched):
-            total += torch.stack([f.cpu().double() for f in found])
-        influence = iter(1 - total[:, 0] / total[:, 1])
-        return {tower: torch.stack([next(influence) for _ in layers]) for tower, layers in stacks.items()}
+        return block_influence(stacks, probe)
 
 
 def _energy(tap: Tap) -> Reduce:
@@ -47,14 +43,6 @@ def _energy(tap: Tap) -> Reduce:
         return token_mean(values.abs(), mask).square().sum(0)
 
     return reduce
-
-
-def cosine_sum(given: torch.Tensor, made: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The sum over real tokens of the cosine between a layer's input and output, and the tokens' count, shape (2,)."""
-    cosines = nn.functional.cosine_similarity(given, made, dim=-1)
-    if mask is not None:
-        cosines = cosines[mask]
-    return torch.stack([cosines.sum(), cosines.new_tensor(float(cosines.numel()))])
 
 
 CRITERION = Activation

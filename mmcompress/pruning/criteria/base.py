@@ -27,20 +27,29 @@ import torch
 from torch import nn
 
 from mmcompress.data.examples import Examples
-from mmcompress.errors import DataError, ModelError, TrainingError
+from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT, Reporter
-from mmcompress.pruning.units import CoupledGroup
+from mmcompress.pruning.units import CoupledGroup, axis_mistake
 from mmcompress.tasks.base import Task
 
 Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Criterion(ABC):
-    """Says what units and layers are worth: those with the lowest scores are cut. Scores must be finite."""
+    """Says what units and layers are worth: those with the lowest scores are cut. Scores must be finite.
+
+    A recipe check reads the class variables from the file without importing it: set them to literals, in the class itself.
+    One instance sees one cut: what it found while scoring it may keep for `compensate`.
+    """
 
     needs_data: ClassVar[bool] = False
     """True when it reads training examples through the probe."""
+    axes: ClassVar[tuple[str, ...]] = ("ffn", "heads", "width", "depth")
+    """The axes along which it can say what a unit is worth."""
+    one_scale: ClassVar[bool] = False
+    """True when scores of different groups can be compared as they are. Otherwise they are divided by their group's mean before
+    units are ranked over a tower."""
 
     @abstractmethod
     def unit_scores(self, groups: Sequence[CoupledGroup], probe: Probe) -> list[torch.Tensor]:
@@ -61,6 +70,39 @@ class Criterion(ABC):
         Returns:
             For each tower a tensor of shape (L,).
         """
+
+    def compensate(self, cuts: Sequence[Cut], probe: Probe) -> dict[str, Any]:
+        """Called once between the choice of units and the cut, on the CPU: changes in place what makes up for what goes.
+
+        Only weights that stay may be changed (a reader's bias); mostly nothing is.
+
+        Returns:
+            Facts for the report.
+        """
+        return {}
+
+    def refuse(self, axis: str) -> RecipeError:
+        """The error of a criterion that is asked about an axis that it does not know."""
+        return RecipeError(f"criterion: {axis_mistake(type(self).__name__.lower(), axis, self.axes)}")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What will be cut of a group.
+
+    Attributes:
+        group: the group with everything that goes with its units.
+        keep: the units that stay, rising.
+    """
+
+    group: CoupledGroup
+    keep: tuple[int, ...]
+
+    @property
+    def drop(self) -> list[int]:
+        """The units that go, rising."""
+        kept = set(self.keep)
+        return [unit for unit in range(self.group.units) if unit not in kept]
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,7 @@ class Probe:
         batch_size: how many make a batch at most.
         device: where the module runs.
         keep: for each tower whose layers are scored, how many of them will stay.
+        warnings: sentences for the report are added to it.
     """
 
     model: CompressedModel
@@ -103,18 +146,22 @@ class Probe:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     reporter: Reporter = SILENT
     keep: Mapping[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, most: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Training batches of nearly equal size on the device; the same ones at every call.
+
+        Args:
+            most: how many examples make a batch at most; ``batch_size`` where nothing is said.
 
         Raises:
             DataError: there is no data, or none of it can be used.
         """
-        task, examples = self._need()
+        task, examples = self.need()
         task.fits(self.model.family.abilities, self.model.family.name)
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))[: self.samples]
         # Even parts: a rest of one example would have a contrastive loss of zero and still count as a whole batch.
-        parts = order.tensor_split(max(1, math.ceil(len(order) / self.batch_size)))
+        parts = order.tensor_split(max(1, math.ceil(len(order) / (most or self.batch_size))))
         used = 0
         for draw, part in enumerate(self.reporter.track(parts, "scoring units", len(parts))):
             rows = self._rows(examples, part.tolist())
@@ -126,7 +173,12 @@ class Probe:
         if used == 0:
             raise DataError(f"{examples.name}: none of {len(order)} examples can be used to score units")
 
-    def _need(self) -> tuple[Task, Examples]:
+    def need(self) -> tuple[Task, Examples]:
+        """The task and the examples.
+
+        Raises:
+            DataError: the pass was given none.
+        """
         if self.task is None or self.examples is None:
             raise DataError("prune: the criterion reads examples and the task's loss; give data with a train split")
         return self.task, self.examples
@@ -141,14 +193,17 @@ class Probe:
                     raise
         return rows
 
-    def gradients(self) -> Iterator[float]:
+    def gradients(self, most: int | None = None) -> Iterator[float]:
         """For each batch the task's loss, with its gradient in every parameter's ``grad`` (None where it has no part).
+
+        Args:
+            most: how many examples make a batch at most; ``batch_size`` where nothing is said.
 
         Raises:
             TrainingError: the loss is not a number.
         """
-        module, family, (task, _) = self.model.module, self.model.family, self._need()
-        for number, batch in enumerate(self.batches()):
+        module, family, (task, _) = self.model.module, self.model.family, self.need()
+        for number, batch in enumerate(self.batches(most)):
             module.zero_grad(set_to_none=True)
             loss = task.loss(family.forward(module, inputs_of(batch)), batch)
             value = float(loss.detach())

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmcompress.errors import RecipeError
 from mmcompress.pruning.criteria.base import Criterion, Probe
 from mmcompress.pruning.units import CoupledGroup
 
@@ -21,8 +20,10 @@ from mmcompress.pruning.units import CoupledGroup
 class Spacing(Criterion):
     """One for a layer that stays, zero for the others."""
 
+    axes = ("depth",)
+
     def unit_scores(self, groups: Sequence[CoupledGroup], probe: Probe) -> list[torch.Tensor]:
-        raise RecipeError("criterion: spacing chooses whole layers; use it with axis: depth, or another criterion")
+        raise self.refuse(groups[0].group.axis if groups else "ffn")
 
     def layer_scores(self, stacks: Mapping[str, Sequence[nn.Module]], probe: Probe) -> dict[str, torch.Tensor]:
         scores = {}

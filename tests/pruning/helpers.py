@@ -57,7 +57,8 @@ def stock_reload_is_equal(model: CompressedModel, folder: Path) -> CLIPModel:
 
 def coupled(model: CompressedModel, tower: str, axis: str, place: int = 0) -> CoupledGroup:
     """One group of a tower with what goes with it."""
-    graph = cut.trace(model.family, model.module, tower)
+    spelled_out = all(group.explicit for group in model.family.unit_groups(model.module, tower, axis))
+    graph = None if spelled_out else cut.trace(model.family, model.module, tower)
     return cut.couple(graph, model.module, model.family.unit_groups(model.module, tower, axis)[place])
 
 

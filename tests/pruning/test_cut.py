@@ -10,8 +10,10 @@ from torch import nn
 from mmcompress.errors import ModelError
 from mmcompress.families.base import UnitGroup
 from mmcompress.pruning import cut
+from mmcompress.pruning.units import Shares
 from tests import tiny
-from tests.pruning.helpers import embeds, full
+from tests.families import tiny_clap
+from tests.pruning.helpers import coupled, embeds, full
 
 
 def test_best_keeps_the_order_and_the_first_of_equals() -> None:
@@ -122,3 +124,47 @@ def test_a_coupling_of_half_a_weight_is_refused() -> None:
     graph = tp.DependencyGraph().build_dependency(net, torch.randn(3, 2), verbose=False)
     with pytest.raises(ModelError, match=r"only 4 of 8 channels of c\.weight"):
         cut.couple(graph, net, UnitGroup("t", "ffn", "a", net.a, 4))  # type: ignore[arg-type]
+
+
+def test_a_units_shape_is_that_of_its_weights_whatever_the_group_has_left() -> None:
+    clip, clap = full(tiny.clip()), tiny_clap.clap()
+    shapes = {axis: cut.unit_shape(coupled(clip, "vision", axis)) for axis in ("ffn", "heads", "width")}
+    assert len(set(shapes.values())) == 3
+    assert shapes["ffn"] == cut.unit_shape(coupled(clip, "vision", "ffn", 2))
+    assert shapes["ffn"] != cut.unit_shape(coupled(clip, "text", "ffn"))
+    graph = cut.trace(clip.family, clip.module, "vision")
+    cut.cut_units(graph, clip.family.unit_groups(clip.module, "vision", "ffn")[2], range(40))
+    assert coupled(clip, "vision", "ffn", 2).units == 40
+    assert shapes["ffn"] == cut.unit_shape(coupled(clip, "vision", "ffn", 2))
+    stages = [cut.unit_shape(coupled(clap, "audio", "ffn", i)) for i in (0, -1)]
+    assert stages[0] != stages[1]
+
+
+def test_only_units_of_one_shape_are_ranked_together() -> None:
+    model = tiny_clap.clap()
+    graph = cut.trace(model.family, model.module, "audio")
+    groups = [cut.couple(graph, model.module, g) for g in model.family.unit_groups(model.module, "audio", "ffn")]
+    # Scores of one scale that would empty the first stage if all were ranked together.
+    scores = [torch.arange(g.units, dtype=torch.float64) + (1000 if g.units == 128 else 0) for g in groups]
+    shares = Shares("ffn", {"audio": 0.5}, 8, "tower")
+    chosen = cut._choose(list(zip(groups, scores, strict=True)), "audio", shares, one_scale=True)
+    kept: dict[int, int] = {}
+    for group, keep in zip(groups, chosen, strict=True):
+        kept[group.units] = kept.get(group.units, 0) + len(keep)
+    there = {size: sum(g.units for g in groups if g.units == size) for size in (64, 128)}
+    assert kept == {size: there[size] // 2 for size in (64, 128)}
+
+
+def test_within_a_shape_units_of_all_layers_are_ranked() -> None:
+    model = tiny.clip()
+    groups = [coupled(model, "vision", "ffn", i) for i in range(3)]
+    scores = [torch.linspace(low, low + 1, 96, dtype=torch.float64) for low in (0, 5, 10)]
+    shares = Shares("ffn", {"vision": 0.5}, 8, "tower")
+    chosen = cut._choose(list(zip(groups, scores, strict=True)), "vision", shares, one_scale=True)
+    assert [len(keep) for keep in chosen] == [8, 40, 96]  # no group is emptied
+
+
+def test_scores_of_one_scale_are_not_divided() -> None:
+    scores = [torch.tensor([10.0, 9.0, 1.0, 0.0]), torch.tensor([40.0, 36.0, 60.0, 24.0])]
+    assert cut.choose_over_tower(scores, 4, 1, one_scale=True) == [[0], [0, 1, 2]]
+    assert cut.choose_over_tower(scores, 4, 1) == [[0, 1], [0, 2]]

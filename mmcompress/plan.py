@@ -59,11 +59,17 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     int8 = False
     rate = _flops_per_second()
     for i, step in enumerate(recipe.passes):
+        other = step.replacement()
+        if other is not None:
+            config = load_config(other)
+            family = family_of(config, other)
+            recipe.task.fits(family.abilities, family.name)
+            sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
         wrong = step.check_against(family, sizes)
         if wrong:
             mistakes += [f"passes.{i} ({step.name}): {text}" for text in wrong]
             continue
-        sizes = step.plan(sizes)
+        sizes = step.plan_for(family, sizes)
         before = found[-1].parameters
         parameters, flops = _cost(family, family.resized_config(config, sizes))
         trains = hasattr(step, "epochs")

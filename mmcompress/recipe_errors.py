@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -46,7 +46,7 @@ class LineMap:
 def explain(error: ValidationError, model: type[BaseModel], lines: LineMap) -> str:
     """All mistakes, a line each, in the order of the file."""
     found = []
-    located = [(*_locate(detail["loc"], model), detail) for detail in error.errors(include_url=False)]
+    located = [(*_locate(_without_forms(detail["loc"]), model), detail) for detail in error.errors(include_url=False)]
     telling = {path for path, _, detail in located if not detail["type"].endswith("_type")}
     for path, owner, detail in located:
         if path in telling and detail["type"].endswith("_type"):
@@ -66,6 +66,11 @@ def explain(error: ValidationError, model: type[BaseModel], lines: LineMap) -> s
     if len(unique) > MOST_LINES:
         unique = [*unique[:MOST_LINES], f"{lines.file}: and {len(unique) - MOST_LINES} more mistakes"]
     return "\n".join(unique)
+
+
+def _without_forms(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A path without the tags, such as ``:shape``, that tell which of several forms a value was taken for."""
+    return tuple(key for key in loc if not (isinstance(key, str) and key.startswith(":")))
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Path_, type[BaseModel] | None]:
@@ -132,6 +137,8 @@ def _field_type(model: type[BaseModel], key: str) -> Any:
                     return option
                 if get_origin(option) in (Union, types.UnionType, list):
                     options += get_args(option)
+                elif get_origin(option) is Annotated:
+                    options.append(get_args(option)[0])
     return None
 
 

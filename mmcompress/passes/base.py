@@ -72,6 +72,14 @@ class Pass(BaseModel, ABC):
         """What is wrong with the settings for a model of this family and these sizes, a sentence each; no weights are needed."""
         return []
 
+    def replacement(self) -> str | None:
+        """The name of the model that takes the place of the one that the pass is given; mostly there is none."""
+        return None
+
+    def plan_for(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+        """The towers' sizes after the pass, where they depend on the family; `check_against` found nothing wrong."""
+        return self.plan(sizes)
+
     def plan(self, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
         """The towers' sizes after the pass."""
         return {tower: dict(axes) for tower, axes in sizes.items()}

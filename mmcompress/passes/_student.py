@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from mmcompress import registry
 from mmcompress.context import Context
 from mmcompress.errors import ModelError, RecipeError, one_of
-from mmcompress.passes.prune import LAYERS_ONLY, READS_DATA, Prune
+from mmcompress.passes.prune import Prune
 
 if TYPE_CHECKING:
     from mmcompress.families.base import Family
@@ -42,7 +42,7 @@ class Shape(BaseModel):
     @field_validator("criterion")
     @classmethod
     def _ranks_units(cls, value: str) -> str:
-        known = [name for name in registry.names("criteria") if name not in LAYERS_ONLY]
+        known = [n for n in registry.names("criteria") if set(registry.stated("criteria", n, "axes", ("ffn",))) - {"depth"}]
         if value not in known:
             raise ValueError(one_of("criterion", value, known))
         return value
@@ -69,12 +69,6 @@ Student = Annotated[
     Discriminator(_kind),
 ]
 """One shape for all towers, a shape for each, or a model's name."""
-
-
-def reads_data(student: Shape | dict[str, Shape] | str | None) -> bool:
-    """Whether a criterion needs examples."""
-    shapes = student.values() if isinstance(student, dict) else [student]
-    return any(isinstance(s, Shape) and (s.ffn or s.width) and s.criterion in READS_DATA for s in shapes)
 
 
 def mistakes(student: Shape | dict[str, Shape], family: Family, sizes: Sizes) -> list[str]:

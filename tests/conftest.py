@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import uuid
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For what fixtures of whole modules make; every test has a folder of its own, see below.
+os.environ["MMCOMPRESS_CACHE"] = tempfile.mkdtemp(prefix="mmcompress-tests-")
 
 from mmcompress.politeness import be_polite
 
@@ -22,6 +26,12 @@ from tests import tiny
 # Two test processes share the cores: threads that wait for each other would cost far more than they bring.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 silence_libraries()
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_others(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a teacher said in another test, or in the user's own runs, must not be found."""
+    monkeypatch.setenv("MMCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Batch = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, np.ndarray]
 
+BESIDE_INPUTS = frozenset({"target", "index", "variant"})
+"""What training batches hold beside what a model is given."""
+
 NEW_TOKENS = 16
 """Tokens of the answer whose making is timed and counted for families that write text."""
 

@@ -94,6 +94,7 @@ class Qat(DistillationSettings, Pass):
         """Sets the ranges from a few batches, without rounding; returns the last batch, to compare outputs on."""
         import torch
 
+        from mmcompress.families.base import BESIDE_INPUTS
         from mmcompress.quantization import fake
         from mmcompress.training.device import pick_device
         from mmcompress.training.feed import Feed
@@ -108,7 +109,7 @@ class Qat(DistillationSettings, Pass):
         steps = min(CALIBRATION_BATCHES, feed.steps_per_epoch)
         with torch.no_grad():
             for batch in context.reporter.track(feed.batches(steps), "calibrating", steps):
-                model.family.forward(model.module, {k: v.to(device) for k, v in batch.items() if k not in ("target", "index")})
+                model.family.forward(model.module, {k: v.to(device) for k, v in batch.items() if k not in BESIDE_INPUTS})
         model.module.to("cpu")
         fake.set_fake_quant(model.module, True)
         return batch

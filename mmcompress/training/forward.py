@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mmcompress.families.base import Batch, Family, Outputs
+from mmcompress.families.base import BESIDE_INPUTS, Batch, Family, Outputs
 from mmcompress.training.autocast import computing
-
-NO_INPUTS = ("target", "index")
-"""What a training batch holds for the loss alone."""
 
 Path = tuple[str | int, ...]
 
@@ -30,7 +27,7 @@ class Forward:
     def __call__(self, batch: Batch) -> Outputs:
         """The outputs for what a batch holds, with gradients where they are on."""
         with computing(self.device, self.precision):
-            outputs = self.family.forward(self.module, {n: values for n, values in batch.items() if n not in NO_INPUTS})
+            outputs = self.family.forward(self.module, {n: values for n, values in batch.items() if n not in BESIDE_INPUTS})
         return outputs if self.precision == "fp32" else together({path: v.float() for path, v in apart(outputs).items()})
 
 

@@ -76,6 +76,7 @@ def train(
             context.reporter.note(f"loss {loss:.3f}")
             if watch is not None and watch.done():
                 break
+        objective.stop()
         if watch is not None and watch.best:
             watch.restore()
         elif runner.average is not None:
@@ -90,13 +91,13 @@ def train(
 def _feeds(model: CompressedModel, context: Context, settings: TrainingSettings, what: str) -> tuple[Feed, Feed | None]:
     """What is trained on, and what is held out if anything is."""
     task, examples = context.need_task(what), context.need_train(what)
+    size, seed, workers = settings.batch_size, context.seed, settings.workers
     if settings.early_stop is None:
-        return Feed(examples, model.processor, task, settings.batch_size, context.seed, settings.workers), None
-    kept, held = hold_out(examples, settings.early_stop.holdout, context.seed, what)
-    made = [
-        Feed(examples, model.processor, task, settings.batch_size, context.seed, settings.workers, only) for only in (kept, held)
-    ]
-    return made[0], made[1]
+        return Feed(examples, model.processor, task, size, seed, workers, augment=settings.augment), None
+    kept, held = hold_out(examples, settings.early_stop.holdout, seed, what)
+    # What is held out is looked at as it is: its loss is to say how the model does on examples, not on their variants.
+    watched = Feed(examples, model.processor, task, size, seed, workers, held)
+    return Feed(examples, model.processor, task, size, seed, workers, kept, settings.augment), watched
 
 
 def _report(context: Context, what: str, runner: Runner, feed: Feed, seconds: float) -> None:

@@ -30,6 +30,9 @@ class Objective(nn.Module, ABC):
         """Called once before the first step, after the seed was set."""
         self.to(device)
 
+    def stop(self) -> None:
+        """Called once after the last step."""
+
     @abstractmethod
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
         """For each part its weighted loss, shape (); the batch's ``index`` (B,) says which examples it is made of."""
@@ -90,6 +93,11 @@ class DistillObjective(Objective):
             parts[TASK_LOSS] = weight * self.task.loss(outputs, dict(batch))
         return parts
 
+    def stop(self) -> None:
+        """Has the teacher store what it was asked."""
+        if self.teacher is not None:
+            self.teacher.stop()
+
     def facts(self) -> dict[str, Any]:
         """How long the teacher took, and for how many pictures and texts it was asked."""
         return self.teacher.facts() if self.teacher is not None else {}
@@ -130,5 +138,7 @@ def distillation(settings: DistillationSettings, student: CompressedModel, conte
             )
     teacher = None
     if any(loss.needs_teacher for loss in used.values()):
-        teacher = find_teacher(settings.teacher, student, context, len(examples))
+        variants = settings.augment.variants if settings.augment is not None else 1
+        room = round(settings.teacher_cache_gb * 1e9)
+        teacher = find_teacher(settings.teacher, student, context, len(examples), variants, room)
     return DistillObjective(task, weights, student, teacher)

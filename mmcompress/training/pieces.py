@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mmcompress.families.base import Batch
+from mmcompress.families.base import BESIDE_INPUTS, Batch
 from mmcompress.training import parallel
-from mmcompress.training.forward import NO_INPUTS, Forward, Path, apart, of_texts, together
+from mmcompress.training.forward import Forward, Path, apart, of_texts, together
 from mmcompress.training.objective import Objective
 
 IGNORED = -100
@@ -131,7 +131,7 @@ class Pieces:
         media = Share.of(len(batch["index"])).pieces(self.micro_batch)
         found: list[dict[str, torch.Tensor]] = [{} for _ in range(max(len(texts), len(media)))]
         for name, values in batch.items():
-            if name not in NO_INPUTS:
+            if name not in BESIDE_INPUTS:
                 for piece, rows in zip(found, media if name in self._media else texts, strict=False):
                     piece[name] = values[rows]
         return found

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmcompress import registry
 from mmcompress.errors import one_of
+from mmcompress.training.augment_settings import Augment
 
 if TYPE_CHECKING:
     from mmcompress.tasks.base import Task
@@ -86,6 +87,11 @@ class TrainingSettings(BaseModel):
         description="Ends the training when the loss on held-out training examples stops falling, and takes the weights of the "
         "best look; such as {patience: 3, every: 0.25, holdout: 0.05}. Left out: all steps are done.",
     )
+    augment: Augment | None = Field(
+        None,
+        description="Changed variants of each example, such as {variants: 8, crop: 0.4, brightness: 0.2}. Left out: examples are "
+        "taken as they are.",
+    )
 
     def freeze_mistakes(self, towers: Sequence[str]) -> list[str]:
         """What is wrong with ``freeze`` for a model of these towers, a sentence each."""
@@ -123,6 +129,13 @@ class DistillationSettings(TrainingSettings):
         "baseline",
         min_length=1,
         description="Whom to learn from: baseline (the model the run began with), a hub id or a model folder.",
+    )
+    teacher_cache_gb: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most gigabytes that teachers' embeddings may take on disk, of all runs together; those not used for longest "
+        "are deleted first. 0 stores none. They lie in ~/.cache/mmcompress, or where MMCOMPRESS_CACHE says.",
     )
 
     @field_validator("losses")

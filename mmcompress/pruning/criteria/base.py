@@ -28,6 +28,7 @@ from torch import nn
 
 from mmcompress.data.examples import Examples
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
+from mmcompress.families.base import BESIDE_INPUTS
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.pruning.units import CoupledGroup, axis_mistake
@@ -244,7 +245,7 @@ class Probe:
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a family's ``forward`` takes of a task's batch."""
-    return {name: values for name, values in batch.items() if name not in ("target", "index")}
+    return {name: values for name, values in batch.items() if name not in BESIDE_INPUTS}
 
 
 def _hook(watch: Watch, place: int, found: list[torch.Tensor | None], masks: Mapping[str, torch.Tensor]) -> Callable[..., None]:

@@ -140,6 +140,9 @@ class Outputs:
         hidden: for each tower the hidden states after each layer, each (B, S, H); empty unless asked for.
         logits: of the tokens that answer, (B, T, V), ``logits[:, t]`` for ``labels[:, t]``; or of classes, (B, C).
         logit_bias: what is added to scaled similarities, shape (); a model that has one was trained pair by pair (SigLIP).
+        attentions: for each tower its layers' maps over itself, each (B, heads, S, S); empty unless a loss needs them.
+        masked: for the tower that sees or hears the embedding of masked media, (B, D); empty unless a loss needs it.
+        masks: for each tower with padding which tokens are real, (B, S); set by the objective.
     """
 
     embeds: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -147,6 +150,9 @@ class Outputs:
     hidden: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     logits: torch.Tensor | None = None
     logit_bias: torch.Tensor | None = None
+    attentions: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    masked: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Family(ABC):
@@ -285,6 +291,10 @@ class Family(ABC):
     @abstractmethod
     def forward(self, module: PreTrainedModel, batch: Batch, *, hidden: bool = False) -> Outputs:
         """One differentiable forward pass over the inputs that the batch holds (a tower without inputs is left out)."""
+
+    def token_masks(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """For each tower whose hidden states have padding, which of its tokens are real, (B, S)."""
+        return {"text": batch["attention_mask"]} if "text" in self.towers and "attention_mask" in batch else {}
 
     @abstractmethod
     def config_sizes(self, config: PretrainedConfig) -> dict[str, dict[str, int]]:

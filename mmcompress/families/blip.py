@@ -327,6 +327,9 @@ class BlipAnswers(Blip):
         if hidden:
             outputs.hidden |= {"question": tuple(asked.hidden_states), "text": tuple(answered.hidden_states)}
 
+    def token_masks(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"question": batch["attention_mask"], "text": batch["decoder_attention_mask"]}
+
     def text_batch(
         self,
         processor: Processor,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mmcompress.families.base import BESIDE_INPUTS, Batch, Family, Outputs
 from mmcompress.training.autocast import computing
+from mmcompress.training.inside import look
 
 Path = tuple[str | int, ...]
 
@@ -21,13 +22,22 @@ Path = tuple[str | int, ...]
 class Forward:
     """The family's forward pass; its outputs are float32 whatever the precision."""
 
-    def __init__(self, family: Family, module: PreTrainedModel, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        family: Family,
+        module: PreTrainedModel,
+        device: torch.device,
+        precision: str,
+        needs: frozenset[str] = frozenset(),
+    ) -> None:
+        """Takes among others what losses need besides the outputs, as `training.inside.look`."""
         self.family, self.module, self.device, self.precision = family, module, device, precision
+        self.needs = needs
 
     def __call__(self, batch: Batch) -> Outputs:
         """The outputs for what a batch holds, with gradients where they are on."""
         with computing(self.device, self.precision):
-            outputs = self.family.forward(self.module, {n: values for n, values in batch.items() if n not in BESIDE_INPUTS})
+            outputs = look(self.family, self.module, {n: v for n, v in batch.items() if n not in BESIDE_INPUTS}, self.needs)
         return outputs if self.precision == "fp32" else together({path: v.float() for path, v in apart(outputs).items()})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from mmcompress.context import Context
 from mmcompress.errors import RecipeError
 from mmcompress.model import CompressedModel
+from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
 from mmcompress.training.holdout import Watch, hold_out
@@ -65,7 +66,9 @@ def train(
     plan = Plan(what, count_steps(settings, feed.steps_per_epoch), context.seed, device, precision, span)
     home = next(model.module.parameters()).device
     began = time.perf_counter()
-    with _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what):
+    # For the whole training: checkpointing runs layers again in the backward pass, and they must do the same.
+    eager = eager_attention(model.module) if "attentions" in objective.needs else nullcontext()
+    with _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what), eager:
         objective.start(device, precision)
         runner = Runner(model, objective, settings, plan)
         watch = Watch(settings.early_stop, runner, held, feed.steps_per_epoch) if settings.early_stop and held else None

@@ -18,6 +18,7 @@ from mmcompress.errors import RecipeError
 from mmcompress.families.base import Batch, Outputs
 from mmcompress.model import CompressedModel
 from mmcompress.tasks.base import Task
+from mmcompress.training.inside import INSIDE, shapes_of
 from mmcompress.training.losses.base import Loss, Shapes, TowerLoss
 from mmcompress.training.settings import TASK_LOSS, DistillationSettings, Weights, counts
 from mmcompress.training.teacher import Teacher, embedding_sizes, find_teacher
@@ -25,6 +26,9 @@ from mmcompress.training.teacher import Teacher, embedding_sizes, find_teacher
 
 class Objective(nn.Module, ABC):
     """A sum of weighted losses. Its own parameters are trained along with the model."""
+
+    needs: frozenset[str] = frozenset()
+    """What it needs of the model's forward pass besides its outputs: ``hidden``, ``attentions``, ``masked``."""
 
     def start(self, device: torch.device, precision: str) -> None:
         """Called once before the first step, after the seed was set."""
@@ -68,23 +72,33 @@ class DistillObjective(Objective):
         super().__init__()
         self.task, self.teacher = task, teacher
         self.weights = {name: weight for name, weight in weights.items() if counts(weight)}
-        self._sizes = embedding_sizes(student)
+        losses = [registry.find("losses", name).LOSS for name in self.weights if name != TASK_LOSS]
+        self.needs = frozenset(need for loss in losses for need in loss.needs) - {"embeddings"}
+        self._family = student.family
+        self._shapes = shapes_of(student, "student", embedding_sizes(student), self.needs)
         self.losses = nn.ModuleDict()
 
     def start(self, device: torch.device, precision: str) -> None:
         """Builds the losses (their projections start from the run's seed) and moves the teacher to the device."""
-        ours = Shapes("student", self._sizes)
-        theirs = Shapes("teacher", self.teacher.sizes if self.teacher is not None else {})
+        theirs = Shapes("teacher", {})
+        if self.teacher is not None:
+            theirs = shapes_of(self.teacher.model, "teacher", self.teacher.sizes, self.needs)
         for name in self.weights:
             if name != TASK_LOSS:
-                self.losses[name] = registry.find("losses", name).LOSS.build(ours, theirs)
+                self.losses[name] = registry.find("losses", name).LOSS.build(self._shapes, theirs)
         if self.teacher is not None:
             self.teacher.start(device, precision)
         self.to(device)
 
     def forward(self, outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
         """A part for each loss."""
-        teacher = self.teacher(batch) if self.teacher is not None else Outputs(logit_scale=outputs.logit_scale.detach())
+        inside = self.needs & INSIDE
+        if self.teacher is None:
+            teacher = Outputs(logit_scale=outputs.logit_scale.detach())
+        else:
+            teacher = self.teacher.look_inside(batch, inside) if inside else self.teacher(batch)
+        if inside:
+            outputs.masks = self._family.token_masks(batch)
         parts = {
             name: weighed(cast(Loss, loss), self.weights[name], outputs, teacher, batch) for name, loss in self.losses.items()
         }

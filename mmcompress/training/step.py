@@ -59,7 +59,8 @@ class Runner:
     def __init__(self, model: CompressedModel, objective: Objective, settings: TrainingSettings, plan: Plan) -> None:
         self.model, self.objective, self.settings, self.plan = model, objective, settings, plan
         model.module.to(plan.device)
-        self.pieces = Pieces(Forward(model.family, model.module, plan.device, plan.precision), objective, settings.micro_batch)
+        forward = Forward(model.family, model.module, plan.device, plan.precision, objective.needs)
+        self.pieces = Pieces(forward, objective, settings.micro_batch)
         groups = parameter_groups(model.module, list(objective.parameters()), settings.weight_decay)
         fused = plan.device.type in ("cpu", "cuda")
         # CLIP's betas and epsilon (Radford et al. 2021, table 19, for ViT).

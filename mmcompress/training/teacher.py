@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,9 @@ from mmcompress.data.audio import Audio
 from mmcompress.errors import DataError, ModelError
 from mmcompress.families.base import BESIDE_INPUTS, Batch, Outputs
 from mmcompress.model import CompressedModel, load
+from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.training.autocast import computing
+from mmcompress.training.inside import look
 from mmcompress.training.stored import Store, row_key
 
 BASELINE = "baseline"
@@ -120,6 +123,16 @@ class Teacher:
             "teacher_disk_hits": sum(tally.from_disk for tally in tallies) - text.from_disk,
             "teacher_seconds_saved": round(sum(tally.saved() for tally in tallies), 3),
         }
+
+    def look_inside(self, batch: Batch, needs: frozenset[str]) -> Outputs:
+        """The outputs with hidden states or attention maps, asked anew for every batch: they are too large to be remembered."""
+        began = time.perf_counter()
+        eager = eager_attention(self.model.module) if "attentions" in needs else nullcontext()
+        with torch.no_grad(), eager, computing(self.device, self.precision):
+            found = look(self.model.family, self.model.module, {k: v for k, v in batch.items() if k not in BESIDE_INPUTS}, needs)
+        self.batches_asked += len(batch["index"])
+        self.seconds += time.perf_counter() - began
+        return found
 
     def _forward(self, batch: Batch) -> Outputs:
         with computing(self.device, self.precision):

@@ -25,12 +25,14 @@ class Shapes:
         embeds: the width D of the embeddings; empty for models that give none.
         hidden: for each state before, between and after the layers its length S and width H; empty unless asked for.
         attentions: for each layer its heads and the length of a row; empty unless asked for.
+        towers: all of the family's; empty unless a loss looks inside.
     """
 
     name: str
     embeds: Mapping[str, int]
     hidden: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     attentions: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    towers: tuple[str, ...] = ()
 
 
 class Loss(nn.Module, ABC):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mmcompress.build import build_dual_encoder as build_dual_encoder
     from mmcompress.chain import RunResult as RunResult
     from mmcompress.chain import run as run
+    from mmcompress.curves import sensitivity as sensitivity
     from mmcompress.model import CompressedModel as CompressedModel
     from mmcompress.model import load as load
     from mmcompress.recipe import Recipe as Recipe
@@ -30,6 +31,7 @@ _WHERE = {
     "Report": "mmcompress.report.schema",
     "RunResult": "mmcompress.chain",
     "run": "mmcompress.chain",
+    "sensitivity": "mmcompress.curves",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "load_recipe",
     "passes",
     "run",
+    "sensitivity",
 ]
 
 

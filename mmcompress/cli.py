@@ -137,9 +137,36 @@ def build(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, or bundled:<name>.", show_default=False)], as_json: AsJson = False
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, or bundled:<name>.")] = None,
+    as_json: AsJson = False,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Instead, measure what cutting costs: per tower and axis, each ratio's loss in the task's headline metric right "
+            "after the cut, with its 95% interval. On training (or calibration) examples, never on the evaluation data: ratios "
+            "that are chosen on it would make the report's quality a leak.",
+        ),
+    ] = None,
+    sets: Sets = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="A share to cut; may repeat. Default 0.125 to 0.875.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="An axis; may repeat. Default: all that stock configs say.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="How units are ranked; that of the recipe's first prune pass, else activation.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=16, help="Examples that are scored; at most half of the training examples.")] = 512,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the picture here, as an HTML page.")] = None,
 ) -> None:
-    """Show a model's towers, components, parameters and bytes, and which axes can be pruned."""
+    """Show a model's towers, components, parameters and bytes, and which axes can be pruned; or what cutting them costs."""
+    from mmcompress.errors import RecipeError
+
+    if (model is None) == (sensitivity is None):
+        raise RecipeError("inspect: allowed: a MODEL, or --sensitivity RECIPE, whose model is measured")
+    if sensitivity is not None:
+        _sensitivity(sensitivity, sets or [], as_json, output, {"ratios": ratio, "axes": axis}, criterion, samples)
+        return
+    if model is None or output is not None or sets or ratio or axis or criterion:
+        raise RecipeError("inspect: -o, --set, --ratio, --axis and --criterion go with --sensitivity RECIPE")
     with _quiet():
         from mmcompress.inspect import inspect_model, render_inspection
 
@@ -148,6 +175,41 @@ def inspect(
             _print_json(found)
         else:
             _print(render_inspection(found))
+
+
+def _sensitivity(
+    path: Path,
+    sets: list[str],
+    as_json: bool,
+    output: Path | None,
+    where: dict[str, Any],
+    criterion: str | None,
+    samples: int,
+) -> None:
+    from mmcompress.recipe import load_recipe
+
+    plan = load_recipe(path, sets)
+    with _quiet():
+        from rich.console import Console
+
+        from mmcompress.curves import render_sensitivity, sensitivity
+        from mmcompress.files import write_text
+        from mmcompress.progress import TerminalReporter
+        from mmcompress.report.sensitivity import render_sensitivity_html
+
+        reporter = TerminalReporter(Console(file=_streams[1] if _streams else sys.stderr))
+        with reporter.live():
+            found = sensitivity(
+                plan, ratios=where["ratios"], axes=where["axes"], criterion=criterion, samples=samples, reporter=reporter
+            )
+        if output is not None:
+            write_text(output, render_sensitivity_html(found))
+        if as_json:
+            _print_json(found)
+        else:
+            _print(render_sensitivity(found))
+            if output is not None:
+                _print(f"\npage: {output.resolve()}")
 
 
 @app.command(name="eval")

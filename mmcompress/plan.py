@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmcompress.config import family_of, load_config
 from mmcompress.errors import RecipeError
-from mmcompress.families.base import Family, without_weights
-from mmcompress.passes.base import Pass
+from mmcompress.measure.size import shape_cost
 from mmcompress.recipe import Recipe
+from mmcompress.training.settings import TrainingSettings
 
 FLOAT_BYTES = 4
 TRAINING_COPIES = 4
@@ -27,6 +25,7 @@ class PlannedStep:
     Attributes:
         flops: of one example through all components, 2 per multiply-add.
         memory_bytes: of weights, gradients and optimizer states while the step runs; activations are not counted.
+        assumed: what was taken for what a run would measure.
         seconds: very rough, from the speed of one matrix product on this machine now; None where it cannot be told.
     """
 
@@ -37,6 +36,7 @@ class PlannedStep:
     memory_bytes: int
     seconds: float | None
     sizes: dict[str, dict[str, int]]
+    assumed: str = ""
 
 
 def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]:
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     family = family_of(config, recipe.model)
     recipe.task.fits(family.abilities, family.name)
     sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
-    parameters, flops = _cost(family, config)
+    parameters, flops = shape_cost(family, config)
     found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
     mistakes: list[str] = []
     int8 = False
@@ -69,44 +69,38 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
         if wrong:
             mistakes += [f"passes.{i} ({step.name}): {text}" for text in wrong]
             continue
+        try:
+            step, assumed = step.settled(family, family.resized_config(config, sizes))
+        except RecipeError as e:
+            mistakes.append(f"passes.{i} ({step.name}): {str(e).removeprefix(step.name + ': ')}")
+            continue
         sizes = step.plan_for(family, sizes)
         before = found[-1].parameters
-        parameters, flops = _cost(family, family.resized_config(config, sizes))
-        trains = hasattr(step, "epochs")
+        parameters, flops = shape_cost(family, family.resized_config(config, sizes))
+        training = step if isinstance(step, TrainingSettings) else getattr(step, "training", None)
+        trains = training is not None
+        taught = step.name in ("distill", "qat") or (trains and step.name == "prune")
         int8 = int8 or step.name in ("quantize", "qat")
         disk = parameters * (1 if int8 else FLOAT_BYTES)
-        memory = before * FLOAT_BYTES * (TRAINING_COPIES + (1 if step.name in ("distill", "qat") else 0) if trains else 2)
-        seconds = _seconds(step, flops, found[0].flops, train_examples, rate) if trains else None
-        found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, sizes))
+        memory = before * FLOAT_BYTES * (TRAINING_COPIES + (1 if taught else 0) if trains else 2)
+        # Rounds of pruning train models of all sizes from the old to the new one.
+        trained = (flops + found[-1].flops) // 2 if step.name == "prune" else flops
+        seconds = _seconds(training, trained, found[0].flops if taught else 0, train_examples, rate) if training else None
+        found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, sizes, assumed))
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return found
 
 
-def _cost(family: Family, config: Any) -> tuple[int, int]:
-    """Parameters and FLOPs of a model that exists only as shapes."""
-    module = without_weights(family, config)
-    total = 0
-    parts = family.components(module)
-    for call in family.calls(module, 1):
-        part = parts[call.component]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            part.module(*[call.inputs[i].to("meta") for i in part.inputs])
-        total += call.times * int(counter.get_total_flops())
-    return sum(p.numel() for p in module.parameters()), total
-
-
-def _seconds(step: Pass, flops: int, baseline_flops: int, examples: int | None, rate: float) -> float | None:
-    settings: Any = step
+def _seconds(settings: TrainingSettings, flops: int, teacher_flops: int, examples: int | None, rate: float) -> float | None:
     if settings.max_steps is not None:
-        seen = settings.max_steps * settings.batch_size
+        seen: float = settings.max_steps * settings.batch_size
     elif examples is not None:
         seen = settings.epochs * examples
     else:
         return None
-    # A backward pass costs about two forward passes; a teacher one of its own.
-    work = 3 * flops + (baseline_flops if step.name in ("distill", "qat") else 0)
-    return float(seen * work / rate)
+    # A backward pass costs about two forward passes.
+    return float(seen * (3 * flops + teacher_flops) / rate)
 
 
 def _flops_per_second() -> float:

@@ -40,6 +40,7 @@ def render_plan(recipe: Recipe) -> str:
     notes += [f"data.{which}: {count:,} examples" for which, count in found.items()]
     notes.append(f"disk for all steps: about {needed / 1e6:.0f} MB ({free / 1e9:.1f} GB free here)")
     notes.append("estimates: memory without activations; time from the speed of one matrix product, good to a factor of about 3")
+    notes += [f"{s.step}: assumed: {s.assumed}" for s in steps if s.assumed]
     for gate in recipe.gates:
         limit = f"at most {gate.max_drop:g} points worse" if gate.max_drop is not None else f"at least {gate.min_value:g}"
         limit = limit if gate.max_value is None else f"at most {gate.max_value:g}"

@@ -47,9 +47,9 @@ def explain(error: ValidationError, model: type[BaseModel], lines: LineMap) -> s
     """All mistakes, a line each, in the order of the file."""
     found = []
     located = [(*_locate(_without_forms(detail["loc"]), model), detail) for detail in error.errors(include_url=False)]
-    telling = {path for path, _, detail in located if not detail["type"].endswith("_type")}
+    telling = {path for path, _, detail in located if not _other_branch(detail)}
     for path, owner, detail in located:
-        if path in telling and detail["type"].endswith("_type"):
+        if path in telling and _other_branch(detail):
             continue  # another branch of a union (a number, or a mapping) says what is really wrong
         text = _sentence(detail, path, owner)
         if detail["type"] == "union_tag_invalid":
@@ -71,6 +71,11 @@ def explain(error: ValidationError, model: type[BaseModel], lines: LineMap) -> s
 def _without_forms(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """A path without the tags, such as ``:shape``, that tell which of several forms a value was taken for."""
     return tuple(key for key in loc if not (isinstance(key, str) and key.startswith(":")))
+
+
+def _other_branch(detail: ErrorDetails) -> bool:
+    """Whether a mistake is only that a value is of another branch of a union, such as a number where a word may stand too."""
+    return detail["type"].endswith("_type") or (detail["type"] == "literal_error" and not isinstance(detail["input"], str))
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Path_, type[BaseModel] | None]:

@@ -21,6 +21,7 @@ LEVELS = [
         "logs",
         "report",
         "chain",
+        "curves",
         "fingerprints",
         "build",
         "plan",

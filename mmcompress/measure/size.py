@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig
 
-from mmcompress.families.base import count, tower_parameters
+from mmcompress.families.base import Family, count, tower_parameters, without_weights
 from mmcompress.model import WEIGHTS_FILE, CompressedModel
 from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.runtimes.onnx_predict import component_files
@@ -52,3 +53,16 @@ def flops_by_component(model: CompressedModel) -> dict[str, int]:
                 part.module(*[call.inputs[i] for i in part.inputs])
             found[part.name] = found.get(part.name, 0) + call.times * int(counter.get_total_flops())
     return found
+
+
+def shape_cost(family: Family, config: PretrainedConfig) -> tuple[int, int]:
+    """Parameters, and FLOPs of one example, of a model that exists only as shapes."""
+    module = without_weights(family, config)
+    total = 0
+    parts = family.components(module)
+    for call in family.calls(module, 1):
+        part = parts[call.component]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            part.module(*[call.inputs[i].to("meta") for i in part.inputs])
+        total += call.times * int(counter.get_total_flops())
+    return sum(p.numel() for p in module.parameters()), total

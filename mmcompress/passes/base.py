@@ -84,6 +84,14 @@ class Pass(BaseModel, ABC):
         """The towers' sizes after the pass."""
         return {tower: dict(axes) for tower, axes in sizes.items()}
 
+    def settled(self, family: Family, config: Any) -> tuple[Pass, str]:
+        """The pass as a plan without weights may take it, and a sentence on what was assumed where a run would measure.
+
+        Args:
+            config: of the model as it comes into the pass.
+        """
+        return self, ""
+
 
 def make_context(data: Any, abilities: frozenset[str]) -> Context:
     """A context for a pass that is called from Python with nothing but data, on a model of these abilities."""

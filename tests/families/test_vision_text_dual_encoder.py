@@ -14,9 +14,8 @@ from mmcompress import passes
 from mmcompress.config import family_of
 from mmcompress.context import Context
 from mmcompress.errors import ModelError, RecipeError
-from mmcompress.measure.size import flops_by_component
+from mmcompress.measure.size import flops_by_component, shape_cost
 from mmcompress.model import CompressedModel
-from mmcompress.plan import _cost
 from mmcompress.registry import find
 from tests import tiny_data
 from tests.families import tiny_clap, tiny_siglip, tiny_siglip2
@@ -104,7 +103,7 @@ def test_channels_of_a_resnet_that_do_nothing_can_go() -> None:
 @pytest.mark.parametrize("make", [*tiny_dual.MODELS.values(), tiny_clap.clap, tiny_siglip.siglip, tiny_siglip2.siglip2])
 def test_costs_can_be_estimated_from_the_config_alone(make: Callable[[], CompressedModel]) -> None:
     model = make()
-    parameters, flops = _cost(model.family, model.module.config)
+    parameters, flops = shape_cost(model.family, model.module.config)
     assert (parameters, flops) == (model.parameters(), sum(flops_by_component(model).values()))
 
 

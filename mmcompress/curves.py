@@ -135,11 +135,12 @@ def _axes(model: CompressedModel, axes: Sequence[str] | None, criterion: str) ->
 def _jobs(model: CompressedModel, recipe: Recipe, axes: Sequence[Axis], criterion: str) -> list[tuple[Cutting, tuple[str, ...]]]:
     """What is measured: how it is cut, and which towers together."""
     first = next((step for step in recipe.passes if isinstance(step, Prune)), None)
-    more = {"round_to": first.round_to, "samples": first.samples, "batch_size": first.batch_size} if first else {}
+    like = Prune.model_validate({"pass": "prune", "ratio": 0.5}) if first is None else first
     found = []
     for axis in axes:
         having = [tower for tower in model.family.towers if axis in model.family.tower_axes(tower)]
-        found += [(Cutting(axis, criterion, **more), group) for group in together(model.family, axis, having)]
+        cutting = Cutting(axis, criterion, like.round_to, samples=like.samples, batch_size=like.batch_size)
+        found += [(cutting, group) for group in together(model.family, axis, having)]
     if model.custom or not found:
         why = "its shapes are custom" if model.custom else f"criterion {criterion} and these axes leave nothing to cut"
         raise RecipeError(f"sensitivity of {recipe.model}: {why}")
@@ -167,8 +168,7 @@ def render_sensitivity(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['model']} on {quality['n']} examples of {found['data']}{' (synthetic)' if found['synthetic'] else ''}: "
         f"{found['metric']}{direction} {100 * quality['value']:.2f} uncut",
-        f"each line cuts one tower alone, by {found['criterion']}, and scores right after the cut; what training brings back is not "
-        "in it",
+        f"each line cuts one tower alone, by {found['criterion']}, and scores right after the cut, before any training",
         "",
     ]
     rows = [

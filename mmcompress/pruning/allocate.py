@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 EVEN = 1e-6
-"""Times s squared, what cutting a share s costs beside its loss: of choices with equal loss the gentler, more even one is taken."""
+"""Times s squared, what cutting a share s costs beside its loss: of choices with equal loss, the gentler and more even."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str
         picks = np.concatenate([np.repeat(picks, len(own), axis=0), np.tile(np.arange(len(own)), len(picks))[:, None]], axis=1)
         keep = _unbeaten(cost, loss)
         cost, loss, picks = cost[keep], loss[keep], picks[keep]
-    fitting = np.flatnonzero(cost <= budget * (1 + 1e-12))
+    fitting = np.flatnonzero(cost <= budget + 1e-12 * abs(budget))
     if not len(fitting):
         return None
     best = fitting[np.argmin(loss[fitting])]

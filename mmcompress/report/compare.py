@@ -34,9 +34,9 @@ from mmcompress.report.format import (
     speed_verdict,
 )
 from mmcompress.report.html import SHAPES, axis_name, html_filters
-from mmcompress.report.markdown import Cell, Table
 from mmcompress.report.plots import Axes, Point, marker, pareto_front, scatter
 from mmcompress.report.schema import Report, Row
+from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import WIDTH
 
 _CLOCK = ("date", "time", "started", "finished", "hostname", "host", "folder", "path", "pid", "uptime", "load")

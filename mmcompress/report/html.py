@@ -29,9 +29,10 @@ from mmcompress.report.format import (
     speeds,
     times,
 )
-from mmcompress.report.markdown import Cell, Table, all_tables, recipe_yaml, row_tags
+from mmcompress.report.markdown import all_tables, recipe_yaml, row_tags
 from mmcompress.report.plots import Axes, Point, interval_bar, marker, scatter, value_bar
 from mmcompress.report.schema import Change, Report, Row
+from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 
 SHAPES = {"torch": "circle", "onnxruntime": "square", "openvino": "diamond"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import yaml
 
+from mmcompress.report.decided import KEYS, auto_table, rounds_table
 from mmcompress.report.format import (
     BASELINE,
     MISSING,
@@ -35,37 +35,10 @@ from mmcompress.report.format import (
     speeds,
 )
 from mmcompress.report.schema import ClassScore, Report, Row
+from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 
 WORST = 5
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: the number, lines that explain it, a tone (``good``, ``bad`` or none) and tags such as "final"."""
-
-    text: str
-    small: tuple[str, ...] = ()
-    tone: str = ""
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table whose first ``heads`` columns name the row.
-
-    Attributes:
-        columns: (group, title) of each column; neighbours of one group share a heading.
-        words: the columns, by number, that hold words and are set flush left.
-    """
-
-    key: str
-    caption: str
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    heads: int = 1
-    words: tuple[int, ...] = ()
-    note: str = ""
 
 
 def results_table(report: Report) -> Table:
@@ -289,7 +262,8 @@ def cost_table(report: Report) -> Table | None:
         first = max(rows, key=lambda r: (bool(r.facts or r.settings or r.result), r.seconds))
         seconds = max(r.seconds for r in rows)
         name = Cell(step, tags=("rolled back",) if first.rolled_back else ())
-        words = (plain(first.facts), plain(first.settings), plain(first.result), first.folder or MISSING)
+        did = {key: value for key, value in first.result.items() if key not in KEYS}
+        words = (plain(first.facts), plain(first.settings), plain(did), first.folder or MISSING)
         body.append((name, Cell(seconds_text(seconds) if seconds else MISSING), *(Cell(text) for text in words)))
     columns = (("", "Step"), ("", "Took"), ("", "Cost"), ("", "Settings"), ("", "What it did"), ("", "Folder"))
     total = (
@@ -311,7 +285,8 @@ def environment_table(report: Report) -> Table | None:
 def all_tables(report: Report) -> dict[str, Table]:
     """The tables that have something to show, by key."""
     made = (results_table(report) if report.rows else None, metrics_table(report), towers_table(report), parity_table(report),
-            classes_table(report), cost_table(report), environment_table(report))  # fmt: skip
+            classes_table(report), auto_table(report), rounds_table(report), cost_table(report),
+            environment_table(report))  # fmt: skip
     return {table.key: table for table in made if table is not None}
 
 

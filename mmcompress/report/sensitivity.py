@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from mmcompress.report.format import fill_template
 from mmcompress.report.html import html_filters
-from mmcompress.report.markdown import Cell, Table
 from mmcompress.report.plots import Axes, Point, marker, scatter
+from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC
 
 SHAPES = ("circle", "square", "diamond")

@@ -15,7 +15,7 @@ from mmcompress.data.sources import load_data, load_source
 from mmcompress.errors import DataError, RecipeError, one_of
 from mmcompress.measure.sensitivity import CutPoint, Sensitivity, grid, together
 from mmcompress.model import CompressedModel, load
-from mmcompress.passes.prune import LAYERS_ONLY, Prune
+from mmcompress.passes.prune import Prune
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.pruning.cutting import Cutting, hold_out
 from mmcompress.pruning.target import RATIOS
@@ -129,7 +129,8 @@ def _axes(model: CompressedModel, axes: Sequence[str] | None, criterion: str) ->
         if axis not in stock:
             raise RecipeError("--axis: " + one_of("axis", axis, stock))
     chosen = [axis for axis in stock if not axes or axis in axes]
-    return cast(list[Axis], [axis for axis in chosen if axis == "depth" or criterion not in LAYERS_ONLY])
+    able = registry.stated("criteria", criterion, "axes", chosen)
+    return cast(list[Axis], [axis for axis in chosen if axis in able])
 
 
 def _jobs(model: CompressedModel, recipe: Recipe, axes: Sequence[Axis], criterion: str) -> list[tuple[Cutting, tuple[str, ...]]]:

@@ -117,7 +117,7 @@ def test_list(kind: str) -> None:
 
 def test_list_explains_a_pass() -> None:
     text = call("list", "passes", "prune").stdout
-    assert "ratio (number or mapping of text to number, required)" in text
+    assert "ratio (number or mapping of text to number or auto, required)" in text
     assert "samples (integer, default 512, at least 8, at most 100000)" in text
 
 

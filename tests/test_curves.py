@@ -38,7 +38,7 @@ def test_numbers_are_those_of_the_cut_model(tmp_path: Path) -> None:
     assert "95% interval" in render_sensitivity(found)
     page = render_sensitivity_html(found)
     assert page.count('<svg class="plot"') == 3
-    assert "http" not in page
+    assert "://" not in page
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,11 @@ def test_every_recipe_runs(path: Path, tmp_path: Path, timed_here: None) -> None
             sets += [f"passes.{i}.max_steps=2", f"passes.{i}.batch_size=16"]
         if getattr(step, "pseudo_labels", None) is not None:
             sets.append(f"passes.{i}.pseudo_labels.max_wer=100000")  # a random teacher gets every word wrong
-        if step.name == "prune":
+        if getattr(step, "recovery", None) is not None:
+            sets += [f"passes.{i}.recovery.max_steps=4", f"passes.{i}.recovery.batch_size=16"]
+        if step.name == "prune" and step.ratio == "auto":
+            sets += [f"passes.{i}.target.ratios=[0.75]", f"passes.{i}.target.samples=16"]
+        elif step.name == "prune":
             towers = [tower for tower in model.family.towers if step.axis in model.family.tower_axes(tower)]
             sets.append(f"passes.{i}.ratio={{{', '.join(f'{tower}: 0.5' for tower in towers)}}}")
     result = mm.run(load_recipe(path, sets), tmp_path / "run")

@@ -19,7 +19,8 @@ from mmcompress.data.examples import Examples
 from mmcompress.families.base import Family
 from mmcompress.measure.quality import changes, qualities
 from mmcompress.model import CompressedModel
-from mmcompress.pruning.cutting import Cutting, Remembered
+from mmcompress.pruning.criteria.base import Criterion
+from mmcompress.pruning.cutting import Cutting, remembered
 from mmcompress.pruning.units import Axis, Shares, kept_count
 from mmcompress.report.schema import Change, Quality
 from mmcompress.runtimes.base import Predict
@@ -86,7 +87,7 @@ class Sensitivity:
     timed: bool = False
     latency_ms: float | None = None
     _known: dict[tuple[str, bytes], Outputs_] = field(default_factory=dict)
-    _judges: dict[Cutting, Remembered] = field(default_factory=dict)
+    _judges: dict[Cutting, Criterion | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         task = self.context.need_task("sensitivity")
@@ -101,8 +102,10 @@ class Sensitivity:
 
     def cut(self, cutting: Cutting, ratios: Mapping[str, float]) -> tuple[CompressedModel, Quality, Change]:
         """A cut copy, its metric and the paired difference to the uncut model."""
-        # Equal scores whatever is cut: the criterion is asked once for each group.
-        judge = self._judges.setdefault(cutting, Remembered(cutting.find()))
+        # The scores are the same whatever is cut: the criterion is asked once for each group of units.
+        if cutting not in self._judges:
+            self._judges[cutting] = remembered(cutting.find())
+        judge = self._judges[cutting]
         model = self.model.clone()
         cutting.cut(model, cutting.shares(ratios), self.context, judge, self.scoring)
         same = frozenset(_unchanged(self.model, model))

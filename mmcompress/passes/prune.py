@@ -13,7 +13,7 @@ from mmcompress.errors import RecipeError, one_of
 from mmcompress.passes.base import Pass
 from mmcompress.pruning.target import Target
 from mmcompress.pruning.units import Axis, Scope, Shares, axis_mistake
-from mmcompress.training.settings import DistillationSettings, TrainingSettings
+from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:
     from mmcompress.families.base import Family
@@ -98,7 +98,7 @@ class Prune(Pass):
         return bool(registry.stated("criteria", self.criterion, "needs_data", False))
 
     @property
-    def training(self) -> TrainingSettings | None:
+    def training(self) -> Recovery | None:
         """How the pass trains, if it does."""
         return self.recovery or (Recovery.model_validate({}) if self.rounds > 1 else None)
 
@@ -181,7 +181,10 @@ class Prune(Pass):
         """What cannot be cut in a model of these sizes: unknown towers and axes, shares that round to nothing or to all."""
         shares = self._shares(sizes)
         wrong = [*self._unlike(family, shares), *shares.mistakes(family.towers, sizes), *self._unreachable(family, sizes)]
-        return wrong + ([f"recovery.{text}" for text in self.training.freeze_mistakes(family.towers)] if self.training else [])
+        if self.training is not None:
+            of_training = [*self.training.freeze_mistakes(family.towers), *self.training.loss_mistakes(family.towers)]
+            wrong += [f"recovery.{text}" for text in of_training]
+        return wrong
 
     def _unreachable(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What ``ratio: auto`` cannot decide: towers that are not there, axes whose sizes no config says."""
@@ -240,7 +243,7 @@ class Prune(Pass):
         shares = self._decide(model, context, facts) if self.target else self._shares(before)
         new = context.copy_of(model)
         training = self.training
-        if isinstance(training, DistillationSettings):
+        if training is not None:
             from mmcompress.pruning.rounds import cut_and_recover
 
             facts |= cut_and_recover(new, context, self.cutting, shares, self.rounds, training)

@@ -94,7 +94,8 @@ def cut_and_recover(
     spent: dict[str, Any] = {}
     for k, one in enumerate(plan):
         context.reporter.say(f"  round {k + 1} of {len(plan)}: {_words(one)}")
-        for tower, kept in cutting.cut(model, replace(shares, ratios=one.ratios), context).items():
+        said = cutting.cut(model, replace(shares, ratios=one.ratios), context)
+        for tower, kept in said.pop("kept_layers", {}).items():
             layers[tower] = [layers[tower][i] for i in kept] if tower in layers else kept
         own = replace(context, seed=context.seed + SEED_STEP * k, facts={})
         objective = _objective(objective, recovery, model, context)
@@ -102,7 +103,7 @@ def cut_and_recover(
         facts = train(model, own, _part(recovery, k, len(plan)), objective, "prune", span=span)
         _add(spent, own.facts)
         losses = {name: facts[name] for name in ("steps", "examples", "first_loss", "final_loss", "final_losses")}
-        done = {"sizes": cut.sizes(model), "parameters": model.parameters(), **losses}
+        done = {"sizes": cut.sizes(model), "parameters": model.parameters(), **losses, **said}
         told.append({**done, "kept_layers": dict(layers)} if layers else done)
     context.facts |= spent
     found: dict[str, Any] = {"rounds": told}

@@ -17,7 +17,7 @@ from mmcompress.plan import plan
 from mmcompress.recipe import make_recipe
 from mmcompress.report.html import render_html
 from mmcompress.report.markdown import render_markdown
-from mmcompress.training import loop
+from mmcompress.training import step as steps
 from tests import tiny
 from tests.pruning.helpers import context, full, stock_reload_is_equal
 
@@ -70,13 +70,13 @@ def test_other_axes_end_at_the_size_that_one_cut_gives(settings: dict[str, Any],
 
 def test_all_rounds_share_one_learning_rate_schedule(ready: CompressedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    plainly = loop.rate_share
+    plainly = steps.rate_share
 
     def record(*args: Any) -> float:
         rates.append(plainly(*args))
         return rates[-1]
 
-    monkeypatch.setattr(loop, "rate_share", record)
+    monkeypatch.setattr(steps, "rate_share", record)
     recovery = {"batch_size": 12, "epochs": 6, "warmup": 0.25}
     Prune(ratio=0.75, rounds=3, recovery=recovery).apply(ready, context=context(24))
     whole = [plainly(step, 12, 0.25) for step in range(12)]

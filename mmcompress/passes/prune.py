@@ -75,8 +75,8 @@ class Prune(Pass):
     batch_size: int = Field(64, ge=2, le=65_536, description="Examples in one batch while scoring, 2 to 65536.")
     scope: Scope = Field(
         "layer",
-        description="`layer` cuts the same share in every layer; `tower` ranks units over all layers of a tower, so that widths "
-        "differ, which no stock config can say: allow_custom. For ffn and heads only.",
+        description="`layer` cuts the same share in every layer; `tower` ranks units of one shape over all layers of a tower, so "
+        "that widths differ, which no stock config can say: allow_custom. For ffn and heads only.",
     )
     round_to: int = Field(
         8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from mmcompress import registry
-from mmcompress.errors import RecipeError
+from mmcompress.errors import DataError, RecipeError
 from mmcompress.pruning import cut
 from mmcompress.pruning.criteria import mope
 from mmcompress.pruning.criteria.base import Criterion, Probe
@@ -98,6 +99,19 @@ def test_its_file_says_what_its_class_does(which: str) -> None:
     assert registry.describe("criteria", which)
     source = inspect.getdoc(sys.modules[found.__module__])
     assert which == "random" or "arXiv" in (source or "") or "NeurIPS" in (source or ""), "states no source"
+
+
+@pytest.mark.parametrize("which", CRITERIA)
+def test_it_reads_data_if_it_says_so(which: str) -> None:
+    probe, groups = scene("clip")
+    bare, one = Probe(probe.model), criterion(which)
+    bare.keep = {"vision": 1}
+    layers = list(bare.model.family.layers(bare.model.module, "vision"))
+    with pytest.raises(DataError, match="give data") if one.needs_data else nullcontext():
+        if "ffn" in one.axes:
+            one.unit_scores(groups["ffn"], bare)
+        else:
+            one.layer_scores({"vision": layers}, bare)
 
 
 def test_what_a_file_does_not_state_has_its_default() -> None:

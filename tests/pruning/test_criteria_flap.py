@@ -15,12 +15,12 @@ from mmcompress.errors import DataError, ModelError, RecipeError
 from mmcompress.families.base import UnitGroup
 from mmcompress.model import CompressedModel
 from mmcompress.passes.prune import Prune
-from mmcompress.pruning.criteria.base import Cut
+from mmcompress.pruning.criteria.base import Cut, inputs_of
 from mmcompress.pruning.criteria.flap import Flap
 from mmcompress.pruning.units import CoupledGroup, Tap
 from tests import tiny
+from tests.families.test_all_families import EXPORTED, made
 from tests.families.test_all_families import context as context_of
-from tests.families.test_all_families import made
 from tests.pruning.helpers import context, coupled, embeds, full, probe, toy
 
 X = [torch.tensor([[[1.0, 5.0, 0.0]], [[3.0, 5.0, 2.0]]]), torch.tensor([[[8.0, 5.0, 4.0]]])]
@@ -181,3 +181,36 @@ def test_a_reader_that_is_no_linear_is_refused() -> None:
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(DataError, match="training examples"):
         Prune(ratio=0.5, criterion="flap").run(tiny.clip(), Context(task=context().task))
+
+
+def outputs(model: CompressedModel, where: Context) -> list[torch.Tensor]:
+    """What the model gives for four training examples: embeddings, or logits."""
+    task, examples = where.need_task("x"), where.need_train("x")
+    batch = task.collate([examples[i] for i in range(4)], model.processor, examples, 0)
+    with torch.no_grad():
+        found = model.family.forward(model.module, inputs_of(batch))
+    return list(found.embeds.values()) or [value for value in [found.logits] if value is not None]
+
+
+@pytest.mark.parametrize("name", EXPORTED)  # one model of each family, all of them in the slow suite
+def test_in_every_family_units_that_stand_still_are_cut_without_a_change(name: str) -> None:
+    model, where = made(name), context_of(name)
+    towers = [tower for tower in model.family.towers if "ffn" in model.family.tower_axes(tower)]
+    if not towers:
+        pytest.skip(f"{name} has no axis ffn")
+    generator = torch.Generator().manual_seed(0)
+    for tower in towers:
+        for group in model.family.unit_groups(model.module, tower, "ffn"):
+            root, half = group.root, group.size // 2
+            with torch.no_grad():
+                root.weight[half:] = 0
+                if root.bias is not None:
+                    root.bias[half:] = torch.randn(group.size - half, generator=generator)
+    before = outputs(model, where)
+    step = Prune(ratio=dict.fromkeys(towers, 0.5), criterion="flap", round_to=1, samples=8, batch_size=8)
+    new, facts = step.run(model, where)
+    assert not new.custom
+    assert facts["compensated_biases"] + facts["readers_without_bias"] > 0
+    for ours, theirs in zip(outputs(new, where), before, strict=True):
+        assert float(ours.std()) > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

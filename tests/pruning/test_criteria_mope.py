@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from mmcompress.families.base import UnitGroup
 from mmcompress.model import CompressedModel
 from mmcompress.pruning import cut
 from mmcompress.pruning.criteria.base import Probe, inputs_of
-from mmcompress.pruning.criteria.mope import CHUNKS, Mope
+from mmcompress.pruning.criteria.mope import CHUNKS, Mope, _without_units
 from mmcompress.pruning.criteria.taylor import Taylor
+from mmcompress.pruning.units import CoupledGroup, Slice
 from tests import tiny
 from tests.families.test_all_families import context, made
 from tests.pruning.helpers import coupled, full, linear, probe, toy, two_units
@@ -126,3 +128,13 @@ def test_weights_come_back_when_an_evaluation_fails() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         Mope().unit_scores([group], where)
     assert [p.tolist() for p in net.parameters()] == [[[2.0], [3.0]], [[5.0, -7.0]]]
+
+
+def test_a_weight_that_is_cut_along_both_dimensions_comes_back() -> None:
+    net = linear([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    three = torch.arange(3)
+    slices = tuple(Slice("weight", net.weight, dim, three, three) for dim in (0, 1))
+    group = CoupledGroup(UnitGroup("t", "width", "net", net, 3), slices, ())
+    with _without_units(group, torch.tensor([1])):
+        assert net.weight.tolist() == [[1, 0, 3], [0, 0, 0], [7, 0, 9]]
+    assert net.weight.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]

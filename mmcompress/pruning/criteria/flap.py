@@ -3,7 +3,8 @@
 FLAP's WIFV metric (An et al. 2023, arXiv 2312.11983): Var(x_j) * sum_i W_ij^2 for each channel j that the reader (the Linear
 behind the FFN's activation, or the attention's output projection) takes from the unit, summed over the unit's channels. The
 variance (with n - 1) and the mean are over all real tokens of all samples. A unit that always gives the same loses nothing:
-W[:, cut] @ mean(x_cut) is added to the reader's bias, so that on average the reader gives what it gave.
+W[:, cut] @ mean(x_cut) is added to the reader's bias, so that on average the reader gives what it gave. Where units are ranked
+over a tower, scores are divided by their group's mean as everywhere here; the paper standardises them.
 
 Readers without a bias (those of decoders like Llama's) stay as they are, with a warning: no stock config gives them one. For ffn
 and heads: what reads a residual width sits behind normalisations, where no constant makes up for a channel.

@@ -35,8 +35,9 @@ class Distill(DistillationSettings, Pass):
     )
     pseudo_labels: PseudoLabels | None = Field(
         None,
-        description="For speech recognition: train on the transcripts that the teacher writes, without the recordings where they "
-        "are far from the data's own, as Distil-Whisper does; such as {max_wer: 10}. Left out: the data's transcripts.",
+        description="Train on what the teacher writes in the place of the data's own texts. For speech recognition transcripts, "
+        "without the recordings where they are far from the data's own, as Distil-Whisper does; such as {max_wer: 10}. For "
+        "captions and questions about pictures the teacher's answers: {}. Left out: the data's texts.",
     )
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -77,14 +78,14 @@ class Distill(DistillationSettings, Pass):
         elif self.student is not None:
             student, said["student"] = _student.inherit(self.student, model, context)
         if self.pseudo_labels is not None:
-            from mmcompress.training.pseudo_labels import relabel
+            from mmcompress.training.pseudo_labels import pseudo_labelled
             from mmcompress.training.teacher import find_teacher
 
             task, examples = context.need_task("distill"), context.need_train("distill")
             device = self.device if self.device != "auto" else context.device
             # Let go of below: the training loads its own, and two would take the memory of both.
             asked = find_teacher(self.teacher, student, context, len(examples)).model
-            relabelled, found = relabel(asked, task, examples, self.pseudo_labels.max_wer, context.reporter, device)
+            relabelled, found = pseudo_labelled(asked, task, examples, self.pseudo_labels, context.reporter, device)
             del asked
             context, said = replace(context, train=relabelled), {**said, "pseudo_labels": found}
         objective = distillation(self, student, context, "distill")

@@ -68,7 +68,7 @@ class VisualQuestionAnswering(Task):
             _told.add(examples)
             some = range(0, len(examples), max(1, len(examples) // LOOKED_AT))
             _tell([references(examples.without_media(i)) for i in some], processor, f"{examples.name}: of its questions")
-        questions = [self._asked(row) for row in rows]
+        questions = [self.asked(row) for row in rows]
         return batch_of(rows, questions, [weights(references(row)) for row in rows], processor)
 
     def loss(self, outputs: Outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,7 +85,7 @@ class VisualQuestionAnswering(Task):
         from mmcompress.tasks._respond import answers, fingerprints
 
         examples.need(self.roles, self.type)
-        kept, said = answers(predict, processor, examples, reporter, self._asked, self.max_new_tokens)
+        kept, said = answers(predict, processor, examples, reporter, self.asked, self.max_new_tokens)
         right = [references(examples.without_media(int(i))) for i in kept]
         if examples not in _told:
             _told.add(examples)
@@ -99,7 +99,8 @@ class VisualQuestionAnswering(Task):
         # Questions about one picture stand or fall together, but which are is not known here: rows hold no picture's id.
         return Scores(found, answers=numbers, skipped=len(examples) - len(kept), kept=kept)
 
-    def _asked(self, row: dict[str, Any]) -> str:
+    def asked(self, row: dict[str, Any]) -> str:
+        """What the model reads for a row."""
         question = row["question"][0] if isinstance(row["question"], list) else row["question"]
         return self.template.replace("{}", question)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from pydantic import ValidationError
 
 from mmcompress import passes
@@ -14,8 +15,12 @@ from mmcompress.errors import DataError, RecipeError
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT
 from mmcompress.tasks.automatic_speech_recognition import TASK
-from mmcompress.training.pseudo_labels import relabel
-from tests import tiny_data
+from mmcompress.tasks.image_to_text import ImageToText
+from mmcompress.tasks.visual_question_answering import VisualQuestionAnswering
+from mmcompress.training.pseudo_labels import pseudo_labelled, relabel
+from mmcompress.training.settings import PseudoLabels
+from tests import tiny, tiny_data
+from tests.families import tiny_blip
 from tests.families.tiny_whisper import whisper
 from tests.pruning.helpers import context as of_pictures
 
@@ -96,3 +101,25 @@ def test_settings() -> None:
         passes.Distill(pseudo_labels={"max_wer": -1})
     with pytest.raises(ValidationError, match="max_cer"):
         passes.Distill(pseudo_labels={"max_cer": 1})
+
+
+def test_captions_and_answers_become_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"image": [{"bytes": tiny.png((200, 30, 30), i), "path": None} for i in range(3)]}
+    captions = Dataset.from_dict({**columns, "text": [["a red square", "red"], ["a square"], ["a red"]]})
+    said = ["red", "a green square", " "]
+    monkeypatch.setattr("mmcompress.training.pseudo_labels.answers", Saying(said))
+    task = ImageToText(type="image-to-text")
+    given = Examples(captions, "captions", {"image": "image", "text": "text"})
+    found, facts = pseudo_labelled(tiny_blip.captions(), task, given, PseudoLabels(), SILENT)
+    assert [found[i]["text"] for i in range(len(found))] == ["red", "a green square"]
+    assert facts == {"examples": 3, "kept": 2, "changed_texts": 1}
+    with pytest.raises(RecipeError, match="max_wer is for transcripts"):
+        pseudo_labelled(tiny_blip.captions(), task, given, PseudoLabels(max_wer=5), SILENT)
+    asked = Dataset.from_dict({**columns, "question": ["what colour?"] * 3, "answers": [["red"], ["red", "green"], ["red"]]})
+    given = Examples(asked, "questions", {"image": "image", "question": "question", "answers": "answers"})
+    vqa = VisualQuestionAnswering(type="visual-question-answering")
+    found, facts = pseudo_labelled(tiny_blip.answers(), vqa, given, PseudoLabels(), SILENT)
+    assert [(found[i]["question"], found[i]["answers"]) for i in range(2)] == [
+        ("what colour?", "red"),
+        ("what colour?", "a green square"),
+    ]

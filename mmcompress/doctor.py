@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mmcompress.environment import environment
+from mmcompress.training.stored import usage
 
 
 def diagnose() -> dict[str, Any]:
@@ -29,6 +30,8 @@ def diagnose() -> dict[str, Any]:
             continue
         if not requirement.specifier.contains(Version(version), prereleases=True):
             problems.append(f"{requirement.name} {version} is installed; {requirement} is needed")
+    folder, size = usage()
+    found |= {"teacher_cache": {"folder": str(folder), "bytes": size}}
     return {**found, "devices": _devices(), "problems": problems, "hints": _hints(found["cpu_features"])}
 
 
@@ -63,6 +66,7 @@ def render_diagnosis(found: dict[str, Any]) -> str:
         f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 2**30:.0f} GiB",
         f"features: {', '.join(found['cpu_features']) or 'not known on this system'}",
         f"devices: {', '.join(found['devices'])}",
+        f"teachers' embeddings: {found['teacher_cache']['bytes'] / 1e6:,.1f} MB in {found['teacher_cache']['folder']}",
         "",
         *(f"{name} {version}" for name, version in found["versions"].items()),
         "",

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from mmcompress.context import Context
+from mmcompress.data.prepare import WORDS
 from mmcompress.errors import RecipeError
 from mmcompress.model import CompressedModel
 from mmcompress.quantization.onnx_export import eager_attention
+from mmcompress.training.augment_settings import OF_IMAGES, OF_SOUNDS
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
 from mmcompress.training.holdout import Watch, hold_out
@@ -62,6 +64,9 @@ def train(
     task.fits(model.family.abilities, model.family.name)
     device = pick_device(settings.device if settings.device != "auto" else context.device)
     precision = pick_precision(settings.precision, device)
+    if settings.augment is not None and not settings.augment.changes(examples.kind):
+        allowed = OF_IMAGES if examples.kind == "image" else OF_SOUNDS
+        raise RecipeError(f"{what}: augment: changes nothing of these {WORDS[examples.kind]}s; set one of {', '.join(allowed)}")
     feed, held = _feeds(model, context, settings, what)
     plan = Plan(what, count_steps(settings, feed.steps_per_epoch), context.seed, device, precision, span)
     home = next(model.module.parameters()).device

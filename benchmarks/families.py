@@ -5,7 +5,9 @@
 Every step of every family runs in a process of its own, so that its peak memory is its own: building, cutting, and for the whole
 and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
 size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
-cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; above that the exit code is 1.
+cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; that of fine-tuning and distilling,
+without what the process takes before it loads a model and without what grows with the batch, against 5 times those bytes. Above
+that the exit code is 1.
 
 Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it.
 """
@@ -21,9 +23,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from published import PUBLISHED, Published
 from tabulate import tabulate
 from transformers import PretrainedConfig
@@ -31,18 +35,30 @@ from transformers import PretrainedConfig
 import mmcompress as mm
 from mmcompress.config import family_of
 from mmcompress.context import Context
+from mmcompress.data.audio import Audio
+from mmcompress.data.examples import Examples
 from mmcompress.environment import environment
+from mmcompress.families.base import Outputs
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import latency, size, worker
 from mmcompress.measure.rows import parity_over
 from mmcompress.model import CompressedModel
 from mmcompress.processor import Processor
 from mmcompress.runtimes.onnx_predict import OnnxPredict
+from mmcompress.tasks._contrastive import contrastive_loss
+from mmcompress.tasks._respond import answer_loss
+from mmcompress.tasks.base import ANSWER_LOSSES, DUAL_ENCODER_LOSSES, Scores, Task
 
 VARIANTS = ("whole", "cut")
 PRECISIONS = ("fp32", "int8")
 TIMES_FLOAT, AND_BYTES = 3, 2_000_000_000
 """The most memory that cutting, exporting and quantizing may take: so many times the float32 bytes, and so many bytes more."""
+TIMES_TRAINING = 5
+"""The most that training may take beside its activations, in float32 bytes: weights, gradients, two moments, a teacher."""
+TRAININGS = ("finetune", "distill")
+BATCHES = (2, 4)
+"""Batch sizes of the trainings: what grows from one to the other are activations."""
+STEPS = 3
 
 
 def config_of(one: Published) -> PretrainedConfig:
@@ -99,6 +115,66 @@ def make_files(name: str, work: Path, variant: str, precision: str) -> dict[str,
         "peak_memory_bytes": worker.peak_memory_bytes(),
         "seconds": time.perf_counter() - start,
     }
+
+
+class Blank(Processor):
+    """Stands in for a tokenizer and an image processor or feature extractor, which are not at hand at the published sizes."""
+
+    def media(self, kind: str, items: list[Any]) -> list[dict[str, torch.Tensor]]:
+        """Nothing of its own: `RandomInputs` makes the batches."""
+        return [{name: torch.zeros(1) for name in self.family.media[kind]} for _ in items]
+
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """The same for texts."""
+        return {"input_ids": torch.zeros(len(texts), 2, dtype=torch.int64), "attention_mask": torch.ones(len(texts), 2)}
+
+
+class RandomInputs(Task):
+    """The family's example inputs as training batches, with the loss of its tasks."""
+
+    metrics: ClassVar = {}
+    roles: ClassVar = {}
+    needs: ClassVar = frozenset()
+    distillation: ClassVar = ANSWER_LOSSES
+
+    def collate(self, rows: list[Any], processor: Processor, examples: Examples, draw: int) -> dict[str, torch.Tensor]:
+        """As many random inputs as there are rows, with random targets."""
+        batch = processor.family.example_batch(processor.config, len(rows), draw)
+        if "embeddings" in processor.family.abilities:
+            return {**batch, "target": torch.arange(len(rows))}
+        if "labels" not in batch and processor.config.model_type == "vilt":
+            batch["labels"] = torch.rand(len(rows), processor.config.num_labels)
+        return {"labels": batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"], **batch}
+
+    def loss(self, outputs: Outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The contrastive one, or that of answers."""
+        return contrastive_loss(outputs, batch["target"]) if "target" in batch else answer_loss(outputs, batch)
+
+    def evaluate(self, predict: Any, processor: Processor, examples: Examples, reporter: Any) -> Scores:
+        """Random inputs are not scored."""
+        raise ValueError("random inputs have no right answers")
+
+
+def train(name: str, work: Path, what: str, batch_size: int) -> dict[str, Any]:
+    """Peak memory of three steps of a training pass, and what the process took before it loaded a model."""
+    before = worker.peak_memory_bytes()
+    model = opened(name, work / "whole")
+    family, config = model.family, model.module.config
+    model.processor = Blank(None, family=family, config=config)
+    kind = next(iter(family.media))
+    nothing: Any = Image.new("RGB", (1, 1)) if kind == "image" else Audio(np.zeros(1, np.float32), 16_000)
+    rows = Examples([{kind: nothing}] * (STEPS * batch_size), "random inputs", {kind: kind})
+    losses = DUAL_ENCODER_LOSSES if "embeddings" in family.abilities else ANSWER_LOSSES
+    settings: dict[str, Any] = {"max_steps": STEPS, "epochs": STEPS, "batch_size": batch_size}
+    made = mm.passes.Finetune(**settings) if what == "finetune" else mm.passes.Distill(**settings, losses=dict(losses))
+
+    def teacher() -> CompressedModel:
+        found = opened(name, work / "whole")
+        return CompressedModel(found.module, model.processor, family, name)
+
+    context = Context(task=RandomInputs(type="random"), train=rows, baseline=teacher, device="cpu", consume=True)
+    made.apply(model, context=context)
+    return {"before_bytes": before, "peak_memory_bytes": worker.peak_memory_bytes()}
 
 
 def compare(name: str, work: Path, variant: str, precision: str) -> dict[str, Any]:
@@ -158,13 +234,18 @@ def steps(given: argparse.Namespace) -> dict[str, Callable[[str, Path], dict[str
         "build": lambda name, work: build(name, work, given),
         "cut": lambda name, work: cut(name, work, given),
     }
+    for what in TRAININGS:
+        for size_ in BATCHES:
+            found[f"{what} {size_}"] = lambda name, work, w=(what, size_): train(name, work, *w)
     for variant in VARIANTS:
         for precision in PRECISIONS:
             where = (variant, precision)
             found[f"make {variant} {precision}"] = lambda name, work, w=where: make_files(name, work, *w)
             found[f"parity {variant} {precision}"] = lambda name, work, w=where: compare(name, work, *w)
-            found[f"latency {variant} {precision}"] = lambda name, work, w=where: time_onnx(name, work, *w, given)
-        found[f"latency {variant} torch"] = lambda name, work, v=variant: time_torch(name, work, v, given)
+            if not given.no_latency:
+                found[f"latency {variant} {precision}"] = lambda name, work, w=where: time_onnx(name, work, *w, given)
+        if not given.no_latency:
+            found[f"latency {variant} torch"] = lambda name, work, v=variant: time_torch(name, work, v, given)
     return found
 
 
@@ -172,6 +253,7 @@ def in_a_process(name: str, step: str, work: Path, given: argparse.Namespace) ->
     """Runs one step and reads what it found."""
     words = [__file__, "--only", name, "--step", step, "--work", str(work)]
     words += ["--threads", str(given.threads), "--seconds", str(given.seconds)]
+    words += ["--no-latency"] if given.no_latency else []
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {step} failed, see above")
@@ -186,26 +268,24 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
         for step in steps(given):
             print(f"{name}: {step}", file=sys.stderr, flush=True)
             found[step] = in_a_process(name, step, Path(scratch), given)
-    found["memory_limit_bytes"] = TIMES_FLOAT * 4 * found["build"]["parameters"] + AND_BYTES
     return found
 
 
 def tables(found: dict[str, Any]) -> str:
     """Three tables of one family."""
-    sizes, speeds, peaks = [], [], []
+    sizes, speeds = [], []
     for variant, step in zip(VARIANTS, ("build", "cut"), strict=True):
         row = [variant, found[step]["parameters"] / 1e6, found[step]["disk_bytes"] / 1e6]
         sizes.append(row + [found[f"make {variant} {p}"]["disk_bytes"] / 1e6 for p in PRECISIONS])
-        for component in found[f"latency {variant} torch"]:
-            row = [variant, component, *(found[f"latency {variant} {r}"][component]["p50"] for r in ("torch", *PRECISIONS))]
+        components = found.get(f"latency {variant} torch", found[f"parity {variant} fp32"])
+        for component in components:
+            times = [found.get(f"latency {variant} {r}", {}).get(component) for r in ("torch", *PRECISIONS)]
+            row = [variant, component, *(one and one["p50"] for one in times)]
             for precision in PRECISIONS:
                 one = found[f"parity {variant} {precision}"].get(component)
                 row += [one["max_abs_difference"], one["min_cosine"]] if one else [None, None]
             speeds.append(row)
-    limit = found["memory_limit_bytes"]
-    for step in memory_steps():
-        peak = found[step]["peak_memory_bytes"]
-        peaks.append([step, peak / 1e9, limit / 1e9, "yes" if peak <= limit else "NO"])
+    peaks = [[step, peak / 1e9, limit / 1e9, "yes" if peak <= limit else "NO"] for step, peak, limit in memory(found)]
     speed_heads = ["model", "component", "torch ms", "fp32 ms", "int8 ms", "fp32 gap", "fp32 cosine", "int8 gap", "int8 cosine"]
     size_heads = ["model", "M parameters", "torch MB", "ONNX fp32 MB", "ONNX int8 MB"]
     return "\n\n".join(
@@ -213,14 +293,26 @@ def tables(found: dict[str, Any]) -> str:
             f"{found['family']} ({found['hub']}), random weights",
             tabulate(sizes, headers=size_heads, floatfmt=".1f"),
             tabulate(speeds, headers=speed_heads, floatfmt=("", "", ".2f", ".2f", ".2f", ".1e", ".6f", ".1e", ".6f")),
-            tabulate(peaks, headers=["step", "peak GB", "limit GB", "within"], floatfmt=".2f"),
+            tabulate(peaks, headers=["step", "GB", "limit GB", "within"], floatfmt=".2f"),
         ]
     )
 
 
-def memory_steps() -> list[str]:
-    """The steps whose memory is held against the limit."""
-    return ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
+def memory(found: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """For each step whose memory has a limit: what it took and the limit, in bytes.
+
+    Of a training it is the peak without what the process took before, and without what grows with the batch: with peaks P(b)
+    at two batch sizes that is P(b1) - b1 (P(b2) - P(b1)) / (b2 - b1).
+    """
+    weights = 4 * found["build"]["parameters"]
+    steps_ = ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
+    rows = [(step, found[step]["peak_memory_bytes"], TIMES_FLOAT * weights + AND_BYTES) for step in steps_]
+    first, second = BATCHES
+    for what in TRAININGS:
+        low, high = (found[f"{what} {b}"]["peak_memory_bytes"] for b in BATCHES)
+        fixed = low - first * max(0, high - low) // (second - first) - found[f"{what} {first}"]["before_bytes"]
+        rows.append((f"{what}, without activations", fixed, TIMES_TRAINING * weights))
+    return rows
 
 
 def main() -> None:
@@ -229,6 +321,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(PUBLISHED), help="a family; may be given several times")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each latency")
+    parser.add_argument("--no-latency", action="store_true", help="leave latency out, such as on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families.json"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -243,9 +336,7 @@ def main() -> None:
         print(tables(all_found[-1]) + "\n", flush=True)
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps({"families": all_found, "environment": environment()}, indent=1) + "\n")
-    over = [
-        f"{f['family']}: {s}" for f in all_found for s in memory_steps() if f[s]["peak_memory_bytes"] > f["memory_limit_bytes"]
-    ]
+    over = [f"{f['family']}: {step}" for f in all_found for step, peak, limit in memory(f) if peak > limit]
     if over:
         raise SystemExit("over the memory limit: " + "; ".join(over))
 

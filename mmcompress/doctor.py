@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mmcompress.environment import environment
+from mmcompress.environment import environment, int8_saturates
 from mmcompress.training.stored import usage
 
 
@@ -46,8 +46,11 @@ def _devices() -> list[str]:
 
 def _hints(features: list[str]) -> list[str]:
     hints = []
-    if features and not {"AVX512-VNNI", "AVX-VNNI", "AMX-INT8"} & set(features):
-        hints.append("this CPU has no VNNI: int8 saves disk and memory here, but is not faster than float32")
+    if int8_saturates(features):
+        hints.append(
+            "this CPU has no VNNI: int8 saves disk and memory here, but is not faster than float32, and needs weights of 7 bits "
+            "(reduce_range)"
+        )
     if features and not {"AVX512-BF16", "AMX-BF16"} & set(features):
         hints.append("this CPU has no bf16 products: training passes use float32")
     if importlib.util.find_spec("torchvision") is None:

@@ -55,6 +55,16 @@ def cpu_features() -> list[str]:
     return [shown for flag, shown in FEATURES.items() if flag in words]
 
 
+def int8_saturates(features: list[str] | None = None) -> bool:
+    """Whether this processor adds products of uint8 and int8 in pairs in 16 bits, where two large ones are cut off.
+
+    x86 without VNNI does (vpmaddubsw, which ONNX Runtime's kernels use there); weights of 7 bits never reach the limit. False
+    where the features are not known.
+    """
+    found = cpu_features() if features is None else features
+    return bool(found) and not {"AVX512-VNNI", "AVX-VNNI", "AMX-INT8"} & set(found)
+
+
 def cpu_name() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")

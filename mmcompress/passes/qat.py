@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
+from mmcompress.passes._int8 import ReduceRange, reduced
 from mmcompress.passes.base import Pass
 from mmcompress.training.settings import DistillationSettings
 
@@ -47,6 +48,8 @@ class Qat(DistillationSettings, Pass):
         0.5, ge=0, le=1, description="Share of the steps, 0 to 1, after which the ranges of the activations stay as they are."
     )
 
+    reduce_range: ReduceRange = "auto"
+
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with ``freeze`` and with weights by tower for a model of these towers."""
         return [*self.freeze_mistakes(family.towers), *self.loss_mistakes(family.towers)]
@@ -73,7 +76,7 @@ class Qat(DistillationSettings, Pass):
         objective = distillation(self, model, context, "qat")
         new = context.copy_of(model)
         try:
-            layers = fake.insert_fake_quant(new.module, exclude=self.exclude)
+            layers = fake.insert_fake_quant(new.module, exclude=self.exclude, reduce_range=reduced(self.reduce_range))
         except ValueError as e:
             raise RecipeError(f"qat: {e}") from e
         probe = self._calibrate(new, context)
@@ -85,7 +88,8 @@ class Qat(DistillationSettings, Pass):
         fake.set_observing(new.module, False)
         folder = Path(context.workdir) / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
-        facts |= {"quantized_layers": len(layers), "components": self._export(new, folder, probe)}
+        facts |= {"quantized_layers": len(layers), "weight_bits": 7 if reduced(self.reduce_range) else 8}
+        facts |= {"components": self._export(new, folder, probe)}
         fake.remove_fake_quant(new.module)
         new.onnx = folder
         return new, facts

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
+from mmcompress.passes._int8 import ReduceRange, reduced
 from mmcompress.passes.base import Pass
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Quantize(Pass):
         description="Layers to leave in float: dotted module paths such as `visual_projection` or `layers.0`, globs allowed.",
     )
 
+    reduce_range: ReduceRange = "auto"
+
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Exports and quantizes; the torch model stays as it is."""
         from dataclasses import asdict, replace
@@ -51,15 +54,16 @@ class Quantize(Pass):
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {}
-        parts = model.family.components(model.module)
+        parts, narrow = model.family.components(model.module), reduced(self.reduce_range)
         for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
             source, target = scratch / f"{name}.onnx", folder / f"{name}_quantized.onnx"
             export_component(part, model.family.example_inputs(model.module.config, part, 2), source)
             dynamic = self.scheme == "int8-dynamic" or part.decoder
             if dynamic:
-                found = quantize_dynamic_int8(source, target, exclude=self.exclude)
+                found = quantize_dynamic_int8(source, target, exclude=self.exclude, reduce_range=narrow)
             else:
-                found = quantize_static_int8(source, target, self._calibration(model, context, name), exclude=self.exclude)
+                feeds = self._calibration(model, context, name)
+                found = quantize_static_int8(source, target, feeds, exclude=self.exclude, reduce_range=narrow)
             source.unlink()
             result[name] = {"ranges": "at run time" if dynamic else "from calibration", **asdict(found)}
         for pattern in self.exclude:
@@ -67,7 +71,7 @@ class Quantize(Pass):
             if all(pattern in one["unmatched_exclude"] for one in result.values()):
                 raise RecipeError(f"quantize: exclude: {pattern!r} matches no layer of the model")
         new.onnx = folder
-        return new, {"components": result}
+        return new, {"weight_bits": 7 if narrow else 8, "components": result}
 
     def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
         """Real examples in blocks, as one component's inputs; one block is in memory at a time."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_excluded, unmatched
 from mmcompress.quantization.onnx_export import DEFAULT_OPSET, ComponentSpec, export_component
 
-WEIGHT_LEVELS = 127
+WEIGHT_LEVELS, REDUCED_LEVELS = 127, 63
 ACTIVATION_LEVELS = 255
 # Keeps 1 / scale finite for channels of zeros and for ranges of no width.
 _SMALLEST_SCALE = 1e-12
@@ -51,12 +52,13 @@ class FakeQuantLinear(nn.Module):
     export_scale: Tensor
     export_zero_point: Tensor
 
-    def __init__(self, linear: nn.Linear, momentum: float = 0.9) -> None:
+    def __init__(self, linear: nn.Linear, momentum: float = 0.9, reduce_range: bool = False) -> None:
         """Wraps a layer.
 
         Args:
             linear: The layer whose parameters are used.
             momentum: Share of the old range that a batch leaves, 0 to 1 (1 excluded).
+            reduce_range: Whether weights take 7 bits, for x86 without VNNI.
 
         Raises:
             ValueError: The momentum is out of range.
@@ -69,6 +71,7 @@ class FakeQuantLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.momentum = momentum
+        self.weight_levels = REDUCED_LEVELS if reduce_range else WEIGHT_LEVELS
         self.observing = True
         self.fake_quant = True
         self._exporting = False
@@ -100,7 +103,9 @@ class FakeQuantLinear(nn.Module):
         inputs = torch.fake_quantize_per_tensor_affine(inputs, scale, zero_point, 0, ACTIVATION_LEVELS)
         weight_scale = self.weight_scale()
         zeros = torch.zeros_like(weight_scale, dtype=torch.int32)
-        weight = torch.fake_quantize_per_channel_affine(self.weight, weight_scale, zeros, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS)
+        weight = torch.fake_quantize_per_channel_affine(
+            self.weight, weight_scale, zeros, 0, -self.weight_levels, self.weight_levels
+        )
         return F.linear(inputs, weight, self.bias)
 
     def check_observed(self) -> None:
@@ -109,9 +114,9 @@ class FakeQuantLinear(nn.Module):
             raise RuntimeError("a fake-quantized layer has no range: run batches through it while it observes")
 
     def weight_scale(self) -> Tensor:
-        """Scale of each output channel, max|w| / 127. Shape [O], float32, without gradient."""
+        """Scale of each output channel, max|w| / 127 (63 with 7 bits). Shape [O], float32, without gradient."""
         largest = self.weight.detach().abs().amax(dim=1).float()
-        return (largest / WEIGHT_LEVELS).clamp(min=_SMALLEST_SCALE)
+        return (largest / self.weight_levels).clamp(min=_SMALLEST_SCALE)
 
     def activation_parameters(self) -> tuple[Tensor, Tensor]:
         """Scale (max - min) / 255 and zero point round(-min / scale) of the inputs. Jacob et al. 2018, equation 12.
@@ -163,7 +168,7 @@ class FakeQuantLinear(nn.Module):
         weight_scale = self.weight_scale()
         # Times the reciprocal, as torch's fake quantization rounds: dividing can differ in the last place.
         units = self.weight.detach().float() * (1 / weight_scale)[:, None]
-        weight = units.round().clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS)
+        weight = units.round().clamp(-self.weight_levels, self.weight_levels)
         # [I, O] with axis 1, so that the graph has a plain MatMul(x, W), which ONNX Runtime fuses.
         self.register_buffer("weight_int8", weight.to(torch.int8).t().contiguous(), persistent=False)
         self.register_buffer("weight_int8_scale", weight_scale, persistent=False)
@@ -189,7 +194,7 @@ class FakeQuantLinear(nn.Module):
         return linear.train(self.training)
 
 
-def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = ()) -> list[str]:
+def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = (), reduce_range: bool | None = None) -> list[str]:
     """Replaces the Linear layers inside of a module, in place.
 
     Subclasses of Linear stay: `nn.MultiheadAttention` reads the weights of its `out_proj` and never calls it. The
@@ -198,6 +203,7 @@ def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = ()) -> list
     Args:
         module: Its Linear layers are replaced; it cannot be one itself.
         exclude: Patterns of names to leave alone, see `naming.matches`.
+        reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
 
     Returns:
         Names of the layers that were replaced.
@@ -216,11 +222,12 @@ def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = ()) -> list
     chosen = [name for name in linears if not is_excluded(name, exclude)]
     if not chosen:
         raise ValueError("there is no Linear layer to fake-quantize")
+    narrow = int8_saturates() if reduce_range is None else reduce_range
     wrapped: dict[int, FakeQuantLinear] = {}  # a layer used at two places stays one layer
     for name in chosen:
         linear = linears[name]
         if id(linear) not in wrapped:
-            wrapped[id(linear)] = FakeQuantLinear(linear)
+            wrapped[id(linear)] = FakeQuantLinear(linear, reduce_range=narrow)
         module.set_submodule(name, wrapped[id(linear)], strict=True)
     return chosen
 

@@ -261,3 +261,14 @@ def test_tables_of_the_qdq_file_are_int8_too(fresh, exported, tmp_path):
         expected = component.module(*inputs.values())[0]
     found = torch.tensor(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
     assert torch.cosine_similarity(found, expected).min() > 0.999
+
+
+def test_weights_of_seven_bits_are_rounded_to_63_levels_each_way():
+    """Scales 0.63 / 63 = 0.01: 0.126 is 12.6 levels, so 0.13; with 8 bits it would be 0.63 / 127 * 25 = 0.124."""
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.weight.data = torch.tensor([[0.63, 0.126]])
+    layer = FakeQuantLinear(linear, reduce_range=True)
+    found = layer(torch.eye(2)).flatten()
+    torch.testing.assert_close(found, torch.tensor([0.63, 0.13]), rtol=0, atol=3e-3)
+    layer.begin_export()
+    assert layer.weight_int8.flatten().tolist() == [63, 13]

@@ -213,3 +213,33 @@ def test_small_and_excluded_tables_stay_float():
 def test_patterns(pattern, expected):
     assert matches("a.layers.1.mlp.fc1", pattern) is expected
     assert unmatched(["a.layers.1.mlp.fc1"], [pattern]) == (() if expected else (pattern,))
+
+
+def test_weights_of_seven_bits_do_not_overflow_where_products_are_added_in_pairs(tmp_path: Path) -> None:
+    """Two products 255 * 127 in one pair are 64770, and int16 ends at 32767; 255 * 64 * 2 = 32640 does not reach it."""
+    weight = np.full((64, 8), 1.0, dtype=np.float32)
+    source = _one_matmul(tmp_path / "float.onnx", weight)
+    given = np.ones((4, 64), dtype=np.float32)
+    for name, quantize in (
+        ("dynamic", lambda target: quantize_dynamic_int8(source, target, reduce_range=True)),
+        ("static", lambda target: quantize_static_int8(source, target, [{"x": given}], reduce_range=True)),
+    ):
+        target = tmp_path / f"{name}.onnx"
+        quantize(target)
+        stored = [numpy_helper.to_array(i) for i in onnx.load(target).graph.initializer]
+        assert max(int(np.abs(w.astype(int)).max()) for w in stored if w.dtype == np.int8 and w.shape == weight.shape) <= 64
+        np.testing.assert_allclose(run(target, {"x": given}), np.full((4, 8), 64.0), rtol=0.02)
+
+
+def _one_matmul(path: Path, weight: np.ndarray) -> Path:
+    value = helper.make_tensor_value_info
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="node_linear")
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [value("x", TensorProto.FLOAT, ["batch", weight.shape[0]])],
+        [value("y", TensorProto.FLOAT, ["batch", weight.shape[1]])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path

@@ -15,7 +15,6 @@ PACKAGES = (
     "torch",
     "transformers",
     "torch-pruning",
-    "accelerate",
     "datasets",
     "onnx",
     "onnxruntime",

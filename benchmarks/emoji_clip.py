@@ -31,6 +31,8 @@ from mmcompress.logs import silence_libraries
 from mmcompress.progress import SILENT
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval
+from mmcompress.training.autocast import computing
+from mmcompress.training.device import pick_precision
 
 SIDE, PATCH, MAX_TOKENS = 48, 12, 24
 VENDORS = ("noto", "twemoji", "openmoji", "fluentui")
@@ -65,9 +67,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     vision |= {"image_size": SIDE, "patch_size": PATCH}
     shared = {"projection_dim": 128}
-    # On a CPU the backward pass of fused attention in bfloat16 is slower than that of plain attention.
-    config = CLIPConfig(text_config=text | shared, vision_config=vision | shared, **shared)
-    return CLIPModel._from_config(config, attn_implementation="eager")
+    return CLIPModel(CLIPConfig(text_config=text | shared, vision_config=vision | shared, **shared))
 
 
 def augmented(pixels: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def train(model: mm.model.CompressedModel, seen: list[Examples], args: argparse.
         decays[parameter.ndim > 1].append(parameter)
     groups = [{"params": decays[True], "weight_decay": 0.1}, {"params": decays[False], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
-    per_epoch = len(pool) // args.batch
+    per_epoch, precision = len(pool) // args.batch, pick_precision("auto", torch.device("cpu"))
     schedule = cosine(optimizer, args.epochs * per_epoch // 20, args.epochs * per_epoch)
     module.train()
     for epoch in range(args.epochs):
@@ -113,7 +113,7 @@ def train(model: mm.model.CompressedModel, seen: list[Examples], args: argparse.
             distinct = {c: k for k, c in enumerate(dict.fromkeys(concepts))}
             tokens = tokenizer([caption(rows[c], rng) for c in distinct], padding=True, truncation=True, return_tensors="pt")
             right = F.one_hot(torch.tensor([distinct[c] for c in concepts]), len(distinct)).float()  # (B, U)
-            with torch.autocast("cpu", torch.bfloat16):
+            with computing(torch.device("cpu"), precision):
                 image = module.get_image_features(pixel_values=augmented(pool[chosen])).pooler_output
                 text = module.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
             scores = module.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
@@ -161,7 +161,6 @@ def main() -> None:
         tokenizer.save_pretrained(beside)
         images.save_pretrained(beside)
         model = mm.load(str(beside))
-        model.module.set_attn_implementation("eager")
         seconds = train(model, seen, args)
         model.module.save_pretrained(beside)
         found = recall(model, vendor(args.data, args.held_out))

@@ -101,6 +101,8 @@ class Subject:
             self.task: Task = ZeroShotImageClassification(type="zero-shot-image-classification", templates=TEMPLATES)
             self.metric = "accuracy"
             self.train, self.test = (self._parquet(given.fashion_data, split) for split in ("train", "test"))
+            if given.samples is not None:
+                self.train = self.train.take(range(given.samples))
         else:
             self.folder = given.emoji_model
             self.task = ImageTextRetrieval(type="image-text-retrieval")
@@ -252,7 +254,7 @@ def in_a_process(one: tuple[str, str, str, str], given: argparse.Namespace) -> d
     """Runs one job and reads what it found."""
     subject, *rest = one
     words = [sys.executable, __file__, "--only", subject, "--job", *rest, "--threads", str(given.threads)]
-    for name in ("fashion_model", "fashion_data", "emoji_model", "emoji_data", "held_out"):
+    for name in ("fashion_model", "fashion_data", "emoji_model", "emoji_data", "held_out", "samples"):
         if getattr(given, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
@@ -319,6 +321,7 @@ def main() -> None:
     parser.add_argument("--held-out", choices=VENDORS, default="twemoji")
     parser.add_argument("--sizes", nargs="+", choices=list(SHARES), default=list(SHARES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, help="only so many training examples of fashion, for a try")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
     parser.add_argument("--job", nargs=3, metavar=("SIZE", "CONTENDER", "SEED"), help=argparse.SUPPRESS)

@@ -36,6 +36,8 @@ HISTORY_FILE = "mmcompress.json"
 WEIGHTS_FILE = "model.safetensors"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """The dtypes that weights may be stored in, as safetensors and as torch call them."""
+ALIGNMENT = 64
+"""Where torch's own tensors begin on a CPU: at multiples of so many bytes."""
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ def check_reload(model: CompressedModel, folder: Path) -> None:
     config = model.module.config
     device = next(model.module.parameters()).device
     again = again.to(device)
+    align(model.module)
     for name, part in model.family.components(model.module).items():
         twin = model.family.components(again)[name]
         batch = model.family.example_inputs(config, part, 2)
@@ -235,7 +238,19 @@ def _load_stock(
     if bad:
         said = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])} ({len(v)} in all)" for k, v in bad.items())
         raise ModelError(f"model {source}: the weights do not fit the config: {said}")
+    align(module)
     return module.eval(), dtype or str(module.config.dtype).removeprefix("torch.")
+
+
+def align(module: nn.Module) -> None:
+    """Moves weights to where torch puts its own, at multiples of 64 bytes, in place.
+
+    Those that are read out of a file lie where the file has them, and on some processors (x86 with AVX2 and no more) matrix
+    products differ in the last place by that: the same weights would give other outputs after they were saved.
+    """
+    for values in (*module.parameters(), *module.buffers()):
+        if values.device.type == "cpu" and values.data_ptr() % ALIGNMENT:
+            values.data = values.data.clone()
 
 
 def _check_weights(folder: Path) -> str:

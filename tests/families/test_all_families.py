@@ -18,7 +18,7 @@ from mmcompress.data.examples import Examples
 from mmcompress.inspect import inspect_model, render_inspection
 from mmcompress.measure.rows import PARITY_EXAMPLES, check_float_parity, parity
 from mmcompress.measure.size import flops_by_component, parameters_by_tower
-from mmcompress.model import CompressedModel, load
+from mmcompress.model import CompressedModel, align, load
 from mmcompress.pruning import cut
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
@@ -79,6 +79,7 @@ def check_stock(model: CompressedModel, folder: Path) -> CompressedModel:
     """Saves, loads with stock transformers alone, and compares; returns what `load` gives."""
     model.save(folder)
     stock = model.family.model_class().from_pretrained(folder).eval()
+    align(stock)
     same_outputs(model, CompressedModel(stock, model.processor, model.family, "stock"))
     again = load(folder)
     assert again.history == model.history

@@ -15,7 +15,7 @@ from mmcompress.config import family_of
 from mmcompress.context import Context
 from mmcompress.errors import ModelError, RecipeError
 from mmcompress.measure.size import flops_by_component, shape_cost
-from mmcompress.model import CompressedModel
+from mmcompress.model import CompressedModel, align
 from mmcompress.registry import find
 from tests import tiny_data
 from tests.families import tiny_clap, tiny_siglip, tiny_siglip2
@@ -58,6 +58,7 @@ def test_a_resnet_is_cut_in_proportion_and_stock_transformers_reloads_it(tmp_pat
         assert inner == [12, 12, 24, 24]
     pruned.save(tmp_path / "m")
     stock = VisionTextDualEncoderModel.from_pretrained(tmp_path / "m")
+    align(stock)
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         ours = pruned.family.forward(pruned.module, {"pixel_values": pixels}).embeds["vision"]

@@ -20,7 +20,7 @@ from mmcompress.errors import DataError, ModelError, RecipeError
 from mmcompress.families._whisper_prompt import prompt_of
 from mmcompress.families.base import NEW_TOKENS, tower_parameters
 from mmcompress.families.whisper import DECODER, ENCODER, FAMILY, transcribe
-from mmcompress.model import CompressedModel, load
+from mmcompress.model import CompressedModel, align, load
 from mmcompress.quantization.onnx_export import export_component
 from mmcompress.quantization.ptq import quantize_dynamic_int8
 from mmcompress.runtimes.base import Predict
@@ -283,6 +283,7 @@ def test_width_is_one_for_both_towers(tmp_path: Path, models: dict[str, Compress
         assert (config.d_model, config.encoder_attention_heads, config.decoder_attention_heads) == (16, 1, 1)
         pruned.save(tmp_path / f"{model.parameters()}")
         again = WhisperForConditionalGeneration.from_pretrained(tmp_path / f"{model.parameters()}").eval()
+        align(again)
         batch = FAMILY.example_batch(config, 2)
         with torch.no_grad():
             ours, theirs = FAMILY.forward(pruned.module, batch).logits, FAMILY.forward(again, batch).logits

@@ -17,13 +17,11 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mmcompress import __version__
+from mmcompress import __version__, processes
 from mmcompress.config import resolve
-from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.data.leaks import shared_media
 from mmcompress.data.prepare import WORDS
-from mmcompress.data.sources import load_data
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
 from mmcompress.files import PARTIAL, disk_error, folder_bytes, is_full_disk, link_or_copy, write_json, write_text, writing_folder
@@ -36,14 +34,16 @@ from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe, load_recipe, make_recipe, resolved
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
+from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
 from mmcompress.report.write import write_report
 from mmcompress.runtimes.onnx_predict import component_files
+from mmcompress.steps import TRAINING, apply_step, follow, load_examples, step_names
 
 STATE_FILE = "run.json"
 STEP_FILE = "step.json"
 OWN = ("recipe.yaml", "report.html", "report.md", "report.json", "README.md", "log.txt", STATE_FILE)
-OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work")
+OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work", TRAINING)
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,17 @@ def run(
     else:
         plan = load_recipe(recipe, overrides)
     folder = Path(output) if output is not None else Path("runs") / plan.name
+    with processes.joined():
+        if processes.rank():
+            met = follow(plan, folder)
+            return RunResult(folder, open_run(folder), met)
+        result = _lead(plan, folder, fresh, reporter)
+        processes.tell(result.met)
+        return result
+
+
+def _lead(plan: Recipe, folder: Path, fresh: bool, reporter: Reporter) -> RunResult:
+    """What the main process does, which mostly is the only one."""
     new = not folder.exists()
     try:
         with _exclusive(folder), logging_to(folder / "log.txt"):
@@ -148,16 +159,15 @@ class Chain:
         self.gates: list[GateResult] = []
         self.warnings: list[Warning_] = []
         self.model_class = ""
-        self.names = ["00-baseline", *(f"{i:02d}-{step.name}" for i, step in enumerate(recipe.passes, 1))]
+        self.names = step_names(recipe)
         if fresh:
             self._clear()
 
     def go(self) -> RunResult:
         """All steps, the final folders and the report."""
         self._open()
-        data = load_data(self.recipe.data, self.recipe.seed)
+        data = load_examples(self.recipe)
         for which, examples in data.items():
-            examples.narrow(self.recipe.task.roles, self.recipe.task.type, self.recipe.task.optional)
             log.info("%s: %d examples", which, len(examples))
         self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter)
         self._look_for_leaks(data)
@@ -252,25 +262,15 @@ class Chain:
         place = self.folder / "steps" / self.names[i]
         if not self._whole(place):
             self.reporter.say(f"{i}-{step.name}: {_short(step)}")
-            before = load(self.folder / "steps" / self.names[last])
+            if step.trains():
+                processes.tell([i, last])
             work = self.folder / ".work"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            context = Context(
-                task=self.recipe.task,
-                train=self.data.get("train"),
-                calibration=self.data.get("calibration"),
-                baseline=lambda: load(self.folder / "steps" / self.names[0]),
-                seed=self.recipe.seed * 1000 + i,
-                workdir=work,
-                reporter=self.reporter,
-                consume=True,
-            )
-            start = time.monotonic()
-            after = step.apply(before, context=context)
-            facts = {"seconds": time.monotonic() - start, "warnings": context.warnings, "facts": context.facts}
+            after, facts = apply_step(self.recipe, self.folder, self.data, i, last, work, self.reporter)
             self._save(after, place, facts)
             shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(self.folder / TRAINING, ignore_errors=True)
         self._measure(i, f"{i}-{step.name}", step)
 
     def _save(self, model: CompressedModel, place: Path, facts: dict[str, Any]) -> None:

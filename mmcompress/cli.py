@@ -16,6 +16,7 @@ import typer
 from mmcompress import __version__
 from mmcompress.errors import UserError
 from mmcompress.politeness import be_polite
+from mmcompress.processes import rank
 
 app = typer.Typer(
     name="mmcompress",
@@ -84,6 +85,7 @@ def run(
     from mmcompress.recipe import load_recipe
 
     plan = load_recipe(recipe, sets or [])
+    follower = rank() > 0  # of a data-parallel run; the main process speaks for all
     if dry_run:
         _show_plan(plan)
         return
@@ -94,12 +96,13 @@ def run(
         from mmcompress.progress import TerminalReporter
         from mmcompress.report.text import render_text
 
-        reporter = TerminalReporter(Console(file=_streams[1] if _streams else sys.stderr))
+        reporter = TerminalReporter(Console(file=_streams[1] if _streams else sys.stderr, quiet=follower))
         with reporter.live():
             result = chain(plan, output, fresh=fresh, reporter=reporter)
-        _print(render_text(result.report))
-        _print(f"\nreport: {(result.folder / 'report.html').resolve()}")
-        _print(f"model:  {(result.folder / 'model').resolve()}")
+        if not follower:
+            _print(render_text(result.report))
+            _print(f"\nreport: {(result.folder / 'report.html').resolve()}")
+            _print(f"model:  {(result.folder / 'model').resolve()}")
     if not result.met:
         raise typer.Exit(3)
 
@@ -345,7 +348,7 @@ def main() -> None:
     except UserError as e:
         _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped; the same command goes on after the last whole step", 130)
+        _fail("stopped; the same command goes on from what was saved last", 130)
     except BrokenPipeError:
         with suppress(OSError):
             sys.stdout.close()

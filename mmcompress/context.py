@@ -28,6 +28,8 @@ class Context:
         seed: differs from step to step of a run and is the same in every repetition.
         device: ``auto``, ``cuda``, ``mps`` or ``cpu``.
         workdir: a scratch folder that is gone when the step ends.
+        checkpoints: a folder for the states of trainings that are under way; None where none are kept.
+        trainings: how many trainings the step has begun: each has a folder of its own in ``checkpoints``.
         warnings: sentences for the report.
         facts: numbers for the report that may differ between repetitions (seconds, rates); never part of the model.
         consume: whether a pass may change the model that it is given, because nobody else holds it.
@@ -40,6 +42,8 @@ class Context:
     seed: int = 0
     device: str = "auto"
     workdir: Path | None = None
+    checkpoints: Path | None = None
+    trainings: int = 0
     reporter: Reporter = SILENT
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

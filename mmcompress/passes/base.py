@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmcompress.context import Context
+from mmcompress.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from mmcompress.families.base import Family
@@ -67,6 +68,10 @@ class Pass(BaseModel, ABC):
         if self.changes == "weights" and new.onnx == files:
             new.onnx = None  # files of the old weights
         return new
+
+    def trains(self) -> bool:
+        """Whether the pass trains, by itself or in between: then all processes of a data-parallel run apply it together."""
+        return any(isinstance(part, TrainingSettings) for part in (self, *dict(self).values()))
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with the settings for a model of this family and these sizes, a sentence each; no weights are needed."""

@@ -83,7 +83,7 @@ class Watch:
                 buffer.copy_(before)
             self.curve.append((step, loss))
             if self.best_look == len(self.curve) - 1:
-                self.best = [value.detach().clone() for value in self._state()]
+                self.best = [value.detach().clone() for value in self.state()]
         return len(self.curve) - 1 - self.best_look >= self.settings.patience
 
     def _loss(self) -> float:
@@ -96,14 +96,15 @@ class Watch:
             batches += 1
         return float(total) / batches
 
-    def _state(self) -> list[torch.Tensor]:
+    def state(self) -> list[torch.Tensor]:
+        """What the best look keeps."""
         module = self.runner.model.module
         return [*module.parameters(), *module.buffers()]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the weights of the best look into the model."""
-        for value, best in zip(self._state(), self.best, strict=True):
+        for value, best in zip(self.state(), self.best, strict=True):
             value.copy_(best)
 
     def facts(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The one training loop: seeded, checked at every step, and without a trace left in the process.
 
 The parts: `schedule` (steps, rates), `step` (one step), `pieces` (micro batches and shares of processes), `average` (EMA),
-`holdout` (early stop), `parallel` (what processes tell each other).
+`holdout` (early stop), `state` (going on after a stop), `parallel` (what processes tell each other).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 
 from mmcompress.context import Context
 from mmcompress.data.prepare import WORDS
-from mmcompress.errors import RecipeError
+from mmcompress.errors import RecipeError, TrainingError
 from mmcompress.model import CompressedModel
 from mmcompress.quantization.onnx_export import eager_attention
+from mmcompress.training import parallel
 from mmcompress.training.augment_settings import OF_IMAGES, OF_SOUNDS
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
@@ -26,6 +27,7 @@ from mmcompress.training.holdout import Watch, hold_out
 from mmcompress.training.objective import Objective
 from mmcompress.training.schedule import count_steps
 from mmcompress.training.settings import TrainingSettings
+from mmcompress.training.state import Checkpoints
 from mmcompress.training.step import Plan, Runner
 
 
@@ -77,23 +79,38 @@ def train(
         objective.start(device, precision)
         runner = Runner(model, objective, settings, plan)
         watch = Watch(settings.early_stop, runner, held, feed.steps_per_epoch) if settings.early_stop and held else None
-        for batch in context.reporter.track(feed.batches(plan.steps), what, total=plan.steps):
-            if before_step is not None:
-                before_step(len(runner.losses), plan.steps)
-            loss = runner.step(batch)
-            context.reporter.note(f"loss {loss:.3f}")
-            if watch is not None and watch.done():
-                break
-        objective.stop()
-        if watch is not None and watch.best:
-            watch.restore()
-        elif runner.average is not None:
-            runner.average.swap()
+        state = Checkpoints(context, runner, (feed, held), watch)
+        start = state.load()
+        if parallel.of_main(start, device) != start:
+            raise TrainingError(f"{what}: the processes read different checkpoints; they need one file system")
+        if not state.finished:
+            for batch in context.reporter.track(feed.batches(plan.steps, start), what, total=plan.steps - start):
+                if before_step is not None:
+                    before_step(len(runner.losses), plan.steps)
+                loss = runner.step(batch)
+                context.reporter.note(f"loss {loss:.3f}")
+                if watch is not None and watch.done():
+                    break
+                state.save_if_due()
+            objective.stop()
+            _settle(runner, watch)
+            if span[1] < 1:
+                state.save(finished=True)  # others follow, which begin from it
     model.module.to(home).eval()
-    _report(context, what, runner, feed, time.perf_counter() - began)
+    if state.seconds:
+        context.facts["resumed_seconds"] = context.facts.get("resumed_seconds", 0.0) + round(state.seconds, 3)
+    _report(context, what, runner, feed, time.perf_counter() - began + state.seconds)
     facts = {**runner.facts(), **(watch.facts() if watch is not None else {})}
     skipped = len(feed.damaged) + (len(held.damaged) if held is not None else 0)
     return {**facts, "batch_size": feed.batch_size, "precision": precision, "device": device.type, "skipped": skipped}
+
+
+def _settle(runner: Runner, watch: Watch | None) -> None:
+    """Puts the weights that the training ends with into the model."""
+    if watch is not None and watch.best:
+        watch.restore()
+    elif runner.average is not None:
+        runner.average.swap()
 
 
 def _feeds(model: CompressedModel, context: Context, settings: TrainingSettings, what: str) -> tuple[Feed, Feed | None]:

@@ -92,6 +92,12 @@ class TrainingSettings(BaseModel):
         description="Changed variants of each example, such as {variants: 8, crop: 0.4, brightness: 0.2}. Left out: examples are "
         "taken as they are.",
     )
+    checkpoint_minutes: float = Field(
+        5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Minutes between two saves of a run's training, from which the same command goes on; 0 saves none.",
+    )
 
     def freeze_mistakes(self, towers: Sequence[str]) -> list[str]:
         """What is wrong with ``freeze`` for a model of these towers, a sentence each."""

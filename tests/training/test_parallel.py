@@ -1,0 +1,136 @@
+"""Two processes train as one does at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.training import together
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes that found each other by gloo left of all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.together", str(folder)]
+    started = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}) for rank in range(2)]
+    assert [one.wait(timeout=300) for one in started] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("name", together.CASES)
+def test_two_processes_give_the_weights_of_one(name: str, by_two: Path) -> None:
+    model, _ = together.train(name)
+    first, second = (load_file(by_two / f"{name}-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(value, second[n]) for n, value in first.items()), "the processes drifted apart"
+    start = dict(together.CASES[name][0]().module.named_parameters())
+    for n, value in model.module.named_parameters():
+        if "k_proj.bias" in n or "key.bias" in n:
+            continue  # has a gradient of 0 but for rounding (softmax), of which Adam makes steps all the same
+        moved = (value - start[n]).norm()
+        assert (first[n] - value).norm() <= 1e-4 * value.norm() + 0.02 * moved, n
+    assert any(not torch.equal(value, start[n]) for n, value in first.items())
+    alone = model.history[0]["result"]
+    for rank in range(2):
+        facts = json.loads((by_two / f"{name}-{rank}.json").read_text())
+        assert facts.keys() == alone.keys()
+        assert facts["final_losses"] == pytest.approx(alone["final_losses"], rel=1e-4)
+        assert (facts["steps"], facts["examples"]) == (alone["steps"], alone["examples"])
+        if "holdout_loss" in alone:
+            assert [loss for _, loss in facts["holdout_loss"]] == pytest.approx(
+                [loss for _, loss in alone["holdout_loss"]], rel=1e-4
+            )
+
+
+PASSES: list[dict[str, Any]] = [
+    {"pass": "prune", "axis": "ffn", "ratio": 0.5},
+    {"pass": "finetune", "batch_size": 16, "precision": "fp32", "epochs": 2, "learning_rate": 1e-3, "checkpoint_minutes": 1e-9},
+]
+
+
+def launch(folder: Path, name: str, processes: int, **passes: Any) -> subprocess.Popen[str]:
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(folder, passes=[PASSES[0], {**PASSES[1], **passes}])))
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command = [*start, "mmcompress", "run", str(recipe), "-o", str(folder / name)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ended(started: subprocess.Popen[str]) -> str:
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_same_recipe(tmp_path: Path) -> None:
+    said = ended(launch(tmp_path, "two", 2))
+    assert said.count("report:") == 1, "one process speaks"
+    ended(launch(tmp_path, "one", 1))
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for n, value in one.items():
+        assert (two[n] - value).norm() <= 1e-3 * value.norm() + 1e-6, n
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(victim: int, tmp_path: Path) -> None:
+    started = launch(tmp_path, "two", 2, epochs=300)
+    state = tmp_path / "two" / ".training" / "02-finetune" / "00" / "state.json"
+    for _ in range(6000):
+        if state.exists():
+            break
+        time.sleep(0.02)
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and f"RANK={victim}\0".encode() in b"\0" + _environment(place) and _parent(place) == started.pid:
+            os.kill(int(place.name), signal.SIGKILL)
+    started.communicate(timeout=120)
+    assert started.returncode != 0
+    ended(launch(tmp_path, "two", 2, epochs=300))
+    step = json.loads((tmp_path / "two" / "steps" / "02-finetune" / "step.json").read_text())
+    assert step["facts"]["resumed_seconds"] > 0
+
+
+def _environment(place: Path) -> bytes:
+    try:
+        return (place / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(place: Path) -> int:
+    try:
+        return int((place / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return -1

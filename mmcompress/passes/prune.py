@@ -177,6 +177,10 @@ class Prune(Pass):
             wrong.append(f"ratio: the towers {' and '.join(together)} share their {self.axis}; give all of them the same ratio")
         return wrong
 
+    def trains(self) -> bool:
+        """Whether it recovers in between or at the end."""
+        return self.recovery is not None or self.rounds > 1
+
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What cannot be cut in a model of these sizes: unknown towers and axes, shares that round to nothing or to all."""
         shares = self._shares(sizes)

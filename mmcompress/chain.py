@@ -76,7 +76,7 @@ def run(
     fresh: bool = False,
     reporter: Reporter = SILENT,
 ) -> RunResult:
-    """Runs a recipe, or goes on with it after the last whole step.
+    """Runs a recipe, or goes on with it from what was saved last.
 
     Args:
         recipe: a YAML file, a recipe, or a recipe as plain data.

@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from mmcompress.errors import UnavailableError
+
+_alone = False
+
 PATIENCE = timedelta(days=7)
 """How long a process waits for another: the main one may measure for hours. If one dies, the launcher ends all."""
 
@@ -26,9 +30,29 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_alone() -> bool:
+    """Whether there is no other process, or none that takes part in what this one does now."""
+    return _alone or count() == 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the block this process does what the others take no part in."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 @contextmanager
 def joined() -> Iterator[None]:
-    """Lets the processes find each other, on GPUs by NCCL, each with its own, and by gloo elsewhere; alone it does nothing."""
+    """Lets the processes find each other, on GPUs by NCCL, each with its own, and by gloo elsewhere; alone it does nothing.
+
+    Raises:
+        UnavailableError: there are fewer GPUs than processes on this machine.
+    """
     if count() == 1:
         yield
         return
@@ -37,7 +61,10 @@ def joined() -> Iterator[None]:
 
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if place >= there:
+            raise UnavailableError(f"more processes than the {there} GPUs of this machine; start one for each (--nproc_per_node)")
+        torch.cuda.set_device(place)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def apply_step(
         consume=True,
     )
     start = time.monotonic()
-    after = recipe.passes[i - 1].apply(before, context=context)
+    step = recipe.passes[i - 1]
+    with nullcontext() if step.trains() else processes.alone():
+        after = step.apply(before, context=context)
     seconds = time.monotonic() - start + context.facts.get("resumed_seconds", 0.0)
     return after, {"seconds": seconds, "warnings": context.warnings, "facts": context.facts}
 

@@ -22,7 +22,16 @@ from mmcompress.training.settings import DistillationSettings
 
 SEED_STEP = 1_000_003
 """Between the seeds of two rounds' trainings: with one seed all of them would see the same examples first."""
-ADDED = ("steps", "examples_seen", "seconds", "data_seconds", "teacher_seconds", "teacher_examples", "teacher_texts")
+ADDED = (
+    "steps",
+    "examples_seen",
+    "seconds",
+    "data_seconds",
+    "resumed_seconds",
+    "teacher_seconds",
+    "teacher_examples",
+    "teacher_texts",
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ def cut_and_recover(
         objective = _objective(objective, recovery, model, context)
         span = (k / len(plan), (k + 1) / len(plan))
         facts = train(model, own, _part(recovery, k, len(plan)), objective, "prune", span=span)
+        context.trainings = own.trainings
         _add(spent, own.facts)
         losses = {name: facts[name] for name in ("steps", "examples", "first_loss", "final_loss", "final_losses")}
         done = {"sizes": cut.sizes(model), "parameters": model.parameters(), **losses, **said}

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from mmcompress import processes
 from mmcompress.errors import UnavailableError, one_of
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -18,7 +19,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UnavailableError: there is no such device here, or no device is called so.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": _mps(), "cpu": True}
     if name == "auto":
         return torch.device(next(n for n, found in there.items() if found))
     if name not in there:
@@ -27,6 +28,11 @@ def pick_device(name: str) -> torch.device:
         have = ", ".join(n for n, found in there.items() if found)
         raise UnavailableError(f"device {name!r} is not there; this machine has: {have}")
     return torch.device(name)
+
+
+def _mps() -> bool:
+    """Whether there is a Mac's GPU, and no other process to train with: gloo sends nothing of its memory."""
+    return torch.backends.mps.is_available() and processes.is_alone()
 
 
 def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:

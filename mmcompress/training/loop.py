@@ -77,6 +77,7 @@ def train(
     eager = eager_attention(model.module) if "attentions" in objective.needs else nullcontext()
     with _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what), eager:
         objective.start(device, precision)
+        parallel.copy_main([*model.module.parameters(), *model.module.buffers(), *objective.parameters()])
         runner = Runner(model, objective, settings, plan)
         watch = Watch(settings.early_stop, runner, held, feed.steps_per_epoch) if settings.early_stop and held else None
         state = Checkpoints(context, runner, (feed, held), watch)

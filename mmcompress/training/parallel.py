@@ -8,10 +8,13 @@ Shapes: N rows in all processes together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import distributed, nn
+
+from mmcompress import processes
 
 BUCKET = 16_000_000
 """Numbers that are sent at a time: a copy of so many is made."""
@@ -28,7 +31,18 @@ def rank() -> int:
 
 
 def _together() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized() and not processes.is_alone()
+
+
+@torch.no_grad()
+def copy_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Puts the main process's numbers in their places in all: what each computed by itself may differ in its last digits."""
+    if count() == 1:
+        return
+    for tensor in tensors:
+        held = tensor.detach().clone(memory_format=torch.contiguous_format)
+        distributed.broadcast(held, 0)
+        tensor.copy_(held)
 
 
 def gather(rows: torch.Tensor, size: int) -> torch.Tensor:
@@ -76,6 +90,40 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
         distributed.all_reduce(flat)
         for gradient, values in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
             gradient.copy_(values.view_as(gradient))
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A layer that remembers the ends of what it saw, each of shape ()."""
+
+    minimum: torch.Tensor
+    maximum: torch.Tensor
+
+
+@torch.no_grad()
+def share_seen(module: nn.Module) -> None:
+    """Has layers that remember what they saw know what all processes saw: the widest range, the mean of running statistics.
+
+    A range that is averaged over batches becomes the very one that a single process has, as all began from the same one:
+    ``min_p(k a + (1 - k) b_p) = k a + (1 - k) min_p(b_p)``.
+    """
+    if count() == 1:
+        return
+    layers = list(module.modules())
+    ranged = [layer for layer in layers if isinstance(layer, Ranged)]
+    if ranged:
+        ends = [*(layer.minimum for layer in ranged), *(layer.maximum for layer in ranged)]
+        signs = torch.tensor([-1.0] * len(ranged) + [1.0] * len(ranged), device=ends[0].device)
+        values = signs * torch.stack(ends)
+        distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
+        for end, value in zip(ends, signs * values, strict=True):
+            end.copy_(value)
+    for layer in layers:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            for running in (layer.running_mean, layer.running_var):
+                if running is not None:
+                    distributed.all_reduce(running)
+                    running.div_(count())
 
 
 def _buckets(gradients: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -100,6 +100,7 @@ class Runner:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        parallel.share_seen(self.model.module)
         if self.log_scale is not None:
             self.log_scale.data.clamp_(max=self.most)
         if self.average is not None:

@@ -7,14 +7,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mmcompress import __version__, processes
@@ -24,7 +22,7 @@ from mmcompress.data.leaks import shared_media
 from mmcompress.data.prepare import WORDS
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
-from mmcompress.files import PARTIAL, disk_error, folder_bytes, is_full_disk, link_or_copy, write_json, write_text, writing_folder
+from mmcompress.files import disk_error, folder_bytes, is_full_disk, write_json, write_text, writing_folder
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.quality import load_scores, save_scores
@@ -37,13 +35,9 @@ from mmcompress.report.build import add_notes, judge, shipping_row, totals
 from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
 from mmcompress.report.write import write_report
+from mmcompress.run_folder import STATE_FILE, STEP_FILE, TRAINING, clear, exclusive, write_final
 from mmcompress.runtimes.onnx_predict import component_files
-from mmcompress.steps import TRAINING, apply_step, follow, load_examples, step_names
-
-STATE_FILE = "run.json"
-STEP_FILE = "step.json"
-OWN = ("recipe.yaml", "report.html", "report.md", "report.json", "README.md", "log.txt", STATE_FILE)
-OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work", TRAINING)
+from mmcompress.steps import apply_step, follow, load_examples, step_names
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +102,7 @@ def _lead(plan: Recipe, folder: Path, fresh: bool, reporter: Reporter) -> RunRes
     """What the main process does, which mostly is the only one."""
     new = not folder.exists()
     try:
-        with _exclusive(folder), logging_to(folder / "log.txt"):
+        with exclusive(folder), logging_to(folder / "log.txt"):
             try:
                 return Chain(plan, folder, reporter, fresh).go()
             finally:
@@ -121,31 +115,6 @@ def _lead(plan: Recipe, folder: Path, fresh: bool, reporter: Reporter) -> RunRes
         if is_full_disk(e):
             raise disk_error(e, folder) from e
         raise
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for one run; the kernel lets go of it however the process ends."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
-        strangers = sorted(
-            p.name for p in folder.iterdir() if p.name not in (".lock", "log.txt") and not p.name.endswith(PARTIAL)
-        )
-        if strangers:
-            raise UserError(
-                f"{folder}: holds {', '.join(strangers[:3])}, which no run of mmcompress left; choose another folder with -o"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as e:
-        raise UserError(f"{folder}: another run is at work in this folder; wait for it, or choose another folder with -o") from e
-    except OSError as e:
-        raise disk_error(e, folder) from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Chain:
@@ -161,7 +130,7 @@ class Chain:
         self.model_class = ""
         self.names = step_names(recipe)
         if fresh:
-            self._clear()
+            clear(folder)
 
     def go(self) -> RunResult:
         """All steps, the final folders and the report."""
@@ -211,12 +180,6 @@ class Chain:
         text = yaml.safe_dump(state["recipe"], sort_keys=False, allow_unicode=True)
         write_text(self.folder / "recipe.yaml", text)
         shutil.rmtree(self.folder / ".work", ignore_errors=True)
-
-    def _clear(self) -> None:
-        for name in OWN:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in OWN_FOLDERS:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _look_for_numbers(self, data: dict[str, Examples]) -> None:
         """Labels that are numbers without names make prompts such as "a photo of a 3."; that is hardly what was meant."""
@@ -385,33 +348,10 @@ class Chain:
     def _finish(self, last: int, final: Row, stopped: bool) -> RunResult:
         at_end = [judge(gate, final, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss == "report"]
         self.gates += at_end
-        self._write_final(last)
+        write_final(self.folder, self.folder / "steps" / self.names[last])
         report = self._write_report(final, finished=True)
         met = not stopped and all(g.verdict == "met" for g in at_end) and not any(row.rolled_back for row in self.rows)
         return RunResult(self.folder, report, met)
-
-    def _write_final(self, last: int) -> None:
-        """Copies the last kept step to ``model/``, and its ONNX components to ``onnx/`` beside the config and processor files.
-
-        ``model/`` has them too, in a folder ``onnx`` of its own: the layout of the hub, which transformers.js opens as it is.
-        """
-        place = self.folder / "steps" / self.names[last]
-        files = [p for p in sorted(place.iterdir()) if p.is_file() and p.name != STEP_FILE]
-        with writing_folder(self.folder / "model") as beside:
-            for path in files:
-                shutil.copy2(path, beside / path.name)
-            if (place / "onnx").is_dir():
-                (beside / "onnx").mkdir()
-                for path in sorted((place / "onnx").iterdir()):
-                    link_or_copy(path, beside / "onnx" / path.name)
-        if not (place / "onnx").is_dir():
-            shutil.rmtree(self.folder / "onnx", ignore_errors=True)
-            return
-        with writing_folder(self.folder / "onnx") as beside:
-            for path in [*files, *sorted((place / "onnx").iterdir())]:
-                if path.suffix != ".safetensors":
-                    # Only the large files have one body under several names: small ones may be edited in place.
-                    (link_or_copy if ".onnx" in path.name else shutil.copy2)(path, beside / path.name)
 
     def _write_report(self, final: Row, *, finished: bool) -> Report:
         metric = next(iter(self.recipe.task.metrics))

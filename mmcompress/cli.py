@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from mmcompress import __version__
-from mmcompress.errors import UserError
+from mmcompress.errors import ProcessError, UserError
 from mmcompress.politeness import be_polite
 from mmcompress.processes import rank
 
@@ -345,9 +345,15 @@ def main() -> None:
     be_polite()
     try:
         sys.exit(app(standalone_mode=False))
+    except ProcessError as e:
+        if rank():  # the main process says why
+            sys.exit(e.exit_code)
+        _fail(str(e), e.exit_code)
     except UserError as e:
         _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
+        if rank():
+            sys.exit(130)
         _fail("stopped; the same command goes on from what was saved last", 130)
     except BrokenPipeError:
         with suppress(OSError):
@@ -369,7 +375,8 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if _debug:
         traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n")
+    who = f"process {rank()}: " if rank() else ""
+    sys.stderr.write(f"error: {who}{message}\n")
     sys.exit(code)
 
 

@@ -30,6 +30,10 @@ class TrainingError(UserError):
     """Training that went wrong by itself, such as a loss that is not a number."""
 
 
+class ProcessError(UserError):
+    """Another process of a data-parallel training ended, so that this one cannot go on."""
+
+
 class UnavailableError(UserError):
     """Something that this machine or an installed library cannot do."""
 

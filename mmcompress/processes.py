@@ -7,17 +7,22 @@ takes part in the passes that train. All else, measuring and writing among it, t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from mmcompress.errors import UnavailableError
+from mmcompress.errors import ProcessError, UnavailableError
 
 _alone = False
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for another: the main one may measure for hours. If one dies, the launcher ends all."""
+
+GRACE_SECONDS = 5.0
+"""Where the main process has ended, the others wait for so long: the launcher ends all as soon as one fails, and the main one
+may still have to say why it did."""
 
 
 def count() -> int:
@@ -52,6 +57,7 @@ def joined() -> Iterator[None]:
 
     Raises:
         UnavailableError: there are fewer GPUs than processes on this machine.
+        ProcessError: another process ended while this one waited for it.
     """
     if count() == 1:
         yield
@@ -68,6 +74,13 @@ def joined() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as e:
+        # gloo's errors have no class of their own, but name its source files.
+        if isinstance(e, distributed.DistError) or "/gloo/" in str(e):
+            if rank():
+                time.sleep(GRACE_SECONDS)
+            raise ProcessError("another of the processes ended; what it said is above, or in its own machine's output") from e
+        raise
     finally:
         distributed.destroy_process_group()
 

@@ -17,9 +17,7 @@ from mmcompress.logs import silence_libraries
 from mmcompress.model import CompressedModel, load
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe
-
-TRAINING = ".training"
-"""Where, in a run's folder, the states of a step's unfinished trainings are."""
+from mmcompress.run_folder import TRAINING
 
 
 def step_names(recipe: Recipe) -> list[str]:

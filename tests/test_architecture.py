@@ -32,6 +32,7 @@ LEVELS = [
         "listing",
         "doctor",
         "steps",
+        "run_folder",
     },
     {"cli"},
     {"__main__"},

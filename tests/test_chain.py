@@ -169,9 +169,9 @@ def test_kill_9_then_the_same_command_ends_with_the_same_bytes(tmp_path: Path, a
 
 def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
-    from mmcompress.chain import _exclusive
+    from mmcompress.run_folder import exclusive
 
-    with _exclusive(tmp_path / "run"), pytest.raises(UserError, match="another run is at work"):
+    with exclusive(tmp_path / "run"), pytest.raises(UserError, match="another run is at work"):
         mm.run(recipe, tmp_path / "run")
 
 

@@ -81,6 +81,11 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
             row.notes.append(
                 f"{name}: on at least one real example the output has a cosine of only {found.min_cosine:.3f} with torch's."
             )
+    if row.runtime == "torch" and (saved := row.facts.get("teacher_seconds_saved", 0)) > 0:
+        row.notes.append(
+            f"The teacher was asked for {row.facts['teacher_examples']:,} examples, and {row.facts['teacher_cache_hits']:,} times its "
+            f"answer was known: about {saved:.1f} of {saved + row.facts['teacher_seconds']:.1f} s of its time were saved."
+        )
     for metric, change in row.change.items():
         if change.verdict == "worse":
             row.notes.append(

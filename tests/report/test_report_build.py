@@ -134,3 +134,16 @@ def test_noise_is_not_called_slower() -> None:
     after = row("1-finetune", "torch", 5.1)
     add_notes(after, row("baseline", "torch", 5.0), shrinks=False)
     assert after.notes == []
+
+
+def test_notes_say_how_much_of_the_teachers_time_was_saved() -> None:
+    facts = {"teacher_seconds": 2.0, "teacher_seconds_saved": 6.0, "teacher_examples": 1000, "teacher_cache_hits": 3000}
+    after = row("2-distill", "torch", 5.0, facts=facts)
+    add_notes(after, row("1-prune", "torch", 5.0), shrinks=False)
+    (note,) = after.notes
+    assert "asked for 1,000 examples" in note
+    assert "3,000 times" in note
+    assert "about 6.0 of 8.0 s" in note
+    asked_each_time = row("2-distill", "torch", 5.0, facts={**facts, "teacher_seconds_saved": 0.0})
+    add_notes(asked_each_time, row("1-prune", "torch", 5.0), shrinks=False)
+    assert not asked_each_time.notes

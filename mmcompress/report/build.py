@@ -82,9 +82,10 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
                 f"{name}: on at least one real example the output has a cosine of only {found.min_cosine:.3f} with torch's."
             )
     if row.runtime == "torch" and (saved := row.facts.get("teacher_seconds_saved", 0)) > 0:
+        asked, known = row.facts["teacher_examples"], row.facts["teacher_cache_hits"]
         row.notes.append(
-            f"The teacher was asked for {row.facts['teacher_examples']:,} examples, and {row.facts['teacher_cache_hits']:,} times its "
-            f"answer was known: about {saved:.1f} of {saved + row.facts['teacher_seconds']:.1f} s of its time were saved."
+            f"The teacher was asked for {asked:,} examples, and {known:,} times its answer was known: about "
+            f"{saved:.1f} of {saved + row.facts['teacher_seconds']:.1f} s of its time were saved."
         )
     for metric, change in row.change.items():
         if change.verdict == "worse":

@@ -30,7 +30,8 @@ def main(out: Path) -> None:
     with torch.no_grad():
         ours = pruned.module.get_image_features(pixel_values=pixels).pooler_output
         theirs = stock.get_image_features(pixel_values=pixels).pooler_output
-    print(f"transformers gives the same embedding: {torch.equal(ours, theirs)}")
+    # Not bit by bit: on some processors the last bit varies with where in memory the weights lie.
+    print(f"transformers gives the same embedding: {torch.allclose(ours, theirs, rtol=0, atol=1e-5)}")
     print(f"saved: {out}")
 
 

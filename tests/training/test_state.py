@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,7 @@ TASK = ImageTextRetrieval(type="image-text-retrieval")
 OFTEN: dict[str, Any] = {"batch_size": 16, "precision": "fp32", "learning_rate": 1e-3, "checkpoint_minutes": 1e-9}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pulled(Exception):

@@ -37,12 +37,7 @@ ROOM = 10**9
 AUGMENT = {"variants": 3, "crop": 0.5, "brightness": 0.3}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def distilled(

@@ -41,7 +41,8 @@ MODELS = _collected()
 # One model of each family in the default suite, all of them in the slow one, where a test exports: that takes seconds.
 FIRST = {make().family.name: name for name, (make, _) in reversed(MODELS.items())}
 EXPORTED = [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow) for name in MODELS]
-QAT = [pytest.param(n, marks=() if n in ("clip", "blip-captions", "whisper") else pytest.mark.slow) for n in MODELS]
+# Rounding is the same code for all families: three kinds of model in the default suite, all of them in the slow one.
+ROUNDED = [pytest.param(n, marks=() if n in ("clip", "blip-captions", "whisper") else pytest.mark.slow) for n in MODELS]
 AXES = [(name, axis) for name in MODELS for axis in ("ffn", "depth", "width", "heads")]
 
 
@@ -205,7 +206,7 @@ def test_export_gives_the_same_answers(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(values, theirs.per_example[metric], err_msg=metric)
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ROUNDED)
 @pytest.mark.parametrize("scheme", ["int8-static", pytest.param("int8-dynamic", marks=pytest.mark.slow)])
 def test_quantize(name: str, scheme: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
@@ -219,7 +220,7 @@ def test_quantize(name: str, scheme: str, tmp_path: Path) -> None:
     task_of(name).evaluate(predict, model.processor, where.need_train("x"), where.reporter)
 
 
-@pytest.mark.parametrize("name", QAT)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_qat(name: str, tmp_path: Path) -> None:
     model, where = made(name), context(name, tmp_path)
     new, facts = passes.Qat(max_steps=2, batch_size=8).run(model, where)

@@ -5,8 +5,8 @@ x86 with VNNI that is the only mix with fast kernels in ONNX Runtime. LayerNorm,
 attention stay float.
 
 x86 without VNNI adds two products of uint8 and int8 in 16 bits, which overflow: there weights must be of 7 bits
-(`reduce_range`). Without it the embeddings of a SigLIP of base size with random weights keep a cosine of 0.92 to the
-float ones, with it 0.999.
+(`reduce_range`). Without it the embeddings of a SigLIP of base size with random weights lose a tenth of their cosine to
+the float ones there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -100,7 +100,7 @@ def run(
         with reporter.live():
             result = chain(plan, output, fresh=fresh, reporter=reporter)
         if not follower:
-            _print(render_text(result.report))
+            _print(render_text(result.report, folder=result.folder))
             _print(f"\nreport: {(result.folder / 'report.html').resolve()}")
             _print(f"model:  {(result.folder / 'model').resolve()}")
     if not result.met:
@@ -275,9 +275,9 @@ def report(
 
         found = open_run(folder)
         makers: dict[str, Callable[[Any], str]] = {
-            "html": html.render_html,
-            "md": markdown.render_markdown,
-            "text": text.render_text,
+            "html": lambda r: html.render_html(r, folder),
+            "md": lambda r: markdown.render_markdown(r, folder),
+            "text": lambda r: text.render_text(r, folder=folder),
             "json": lambda r: str(r.model_dump_json(indent=1)),
         }
         _print(makers[form](found))
@@ -294,7 +294,7 @@ def compare(
         from mmcompress.report.compare import compare_reports, render_compare_html, render_compare_text
         from mmcompress.report.read import open_run
 
-        found = compare_reports([(str(folder), open_run(folder)) for folder in runs])
+        found = compare_reports([(str(folder), open_run(folder)) for folder in runs], runs)
         _print(render_compare_text(found))
         if output is not None:
             write_text(output, render_compare_html(found))

@@ -9,9 +9,10 @@ import yaml
 
 from mmcompress.report.format import BASELINE, RUNTIMES, fill_template, final_row, headline_metric, row_name, speeds
 from mmcompress.report.html import subtitle
-from mmcompress.report.markdown import cost_table, escape_markdown, fence, render_table, results_table
+from mmcompress.report.markdown import cost_table, results_table
 from mmcompress.report.schema import Report, Row
 from mmcompress.report.text import SYNTHETIC, bad_news, gate_words, speed_words
+from mmcompress.report.views import escape_markdown, fence, markdown_table
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -33,8 +34,8 @@ def render_card(report: Report) -> str:
         "loads_with": model.loads_with if model else "",
         "has_onnx": final is not None and any(r.runtime != "torch" for r in shown if r.step == final.step),
         "final": row_name(final) if final else "",
-        "results": render_table(results_table(report.model_copy(update={"rows": shown}))) if shown else "",
-        "made": render_table(made) if made else "",
+        "results": markdown_table(results_table(report.model_copy(update={"rows": shown}))) if shown else "",
+        "made": markdown_table(made) if made else "",
         "environment": [(k, v) for k, v in report.environment.items() if not isinstance(v, dict | list)],
     }
     filters = {"md": escape_markdown, "fence": fence}

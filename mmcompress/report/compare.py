@@ -6,9 +6,8 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from tabulate import tabulate
 
 from mmcompress.errors import UserError
 from mmcompress.report.format import (
@@ -33,12 +32,15 @@ from mmcompress.report.format import (
     smaller,
     speed_verdict,
 )
-from mmcompress.report.html import SHAPES, axis_name, html_filters
+from mmcompress.report.html import SHAPES, axis_name
 from mmcompress.report.plots import Axes, Point, marker, pareto_front, scatter
 from mmcompress.report.schema import Report, Row
+from mmcompress.report.sections import Run, compared
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import WIDTH
+from mmcompress.report.views import html_filters, text_grid
 
+PARTS = (("models", "Final models"), ("front", "What is worth choosing from"), ("words", "In their own words"))
 _CLOCK = ("date", "time", "started", "finished", "hostname", "host", "folder", "path", "pid", "uptime", "load")
 """Words in environment keys that differ from run to run and say nothing about speed."""
 DRIFT = 0.1
@@ -53,6 +55,7 @@ class Entry:
     report: Report
     baseline: Row | None
     final: Row | None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,11 @@ class Comparison:
     warnings: tuple[str, ...]
 
 
-def compare_reports(reports: list[tuple[str, Report]]) -> Comparison:
+def compare_reports(reports: list[tuple[str, Report]], folders: Sequence[Path | None] = ()) -> Comparison:
     """Puts named reports side by side.
+
+    Args:
+        folders: the runs' folders in the same order, for what lies beside the reports; may be left out.
 
     Raises:
         UserError: there is no report.
@@ -80,10 +86,11 @@ def compare_reports(reports: list[tuple[str, Report]]) -> Comparison:
     if not reports:
         raise UserError("compare: name at least one run")
     entries, seen = [], dict[str, int]()
-    for name, report in reports:
+    places = [*folders, *[None] * (len(reports) - len(folders))]
+    for (name, report), folder in zip(reports, places, strict=True):
         seen[name] = seen.get(name, 0) + 1
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        entries.append(Entry(unique, report, baseline_row(report), final_row(report)))
+        entries.append(Entry(unique, report, baseline_row(report), final_row(report), folder))
     measured = [{m for row in report.rows for m in row.quality} for _, report in reports]
     first = [reports[0][1].totals.metric, *reports[0][1].metrics, *sorted(measured[0])]
     metric = next((m for m in first if m and all(m in found for found in measured)), "")
@@ -293,11 +300,14 @@ def render_compare_html(comparison: Comparison) -> str:
     legend.append((marker("circle", 8, "hollow"), "baseline (outline)"))
     if any(row.rolled_back for e in comparison.entries for row in e.report.rows):
         legend.append((marker("circle", 8, "ghost"), "rolled back (dashed)"))
+    sections = compared([Run(e.name, e.report, e.folder) for e in comparison.entries])
     values = {
         "comparison": comparison,
         "table": comparison_table(comparison),
         "pictures": _pictures(comparison),
         "legend": legend,
+        "contents": [*PARTS[:2], *((s.anchor, s.title) for s in sections), *PARTS[2:]],
+        "sections": sections,
     }
     return fill_template("compare.html.j2", html_filters(), values)
 
@@ -326,10 +336,7 @@ def render_compare_text(comparison: Comparison, width: int | None = None) -> str
 def _grid(table: Table, show: Sequence[int]) -> str:
     heads = [_head(*table.columns[i]) for i in show]
     body = [[_narrow(row[i]) for i in show] for row in table.rows]
-    # Headers go in as a row, as in the report of one run: tabulate pads its own headers.
-    rules = ["-" * max(len(part) for cell in column for part in cell.splitlines()) for column in zip(heads, *body, strict=True)]
-    sides = ["left" if i in table.words else "right" for i in show]
-    return tabulate([heads, rules, *body], tablefmt="plain", disable_numparse=True, colalign=sides)
+    return text_grid(heads, body, [column for column, i in enumerate(show) if i in table.words])
 
 
 def _head(group: str, title: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -32,10 +31,14 @@ from mmcompress.report.format import (
 from mmcompress.report.markdown import all_tables, recipe_yaml, row_tags
 from mmcompress.report.plots import Axes, Point, interval_bar, marker, scatter, value_bar
 from mmcompress.report.schema import Change, Report, Row
+from mmcompress.report.sections import Section, all_sections
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
+from mmcompress.report.views import html_filters
 
 SHAPES = {"torch": "circle", "onnxruntime": "square", "openvino": "diamond"}
+AFTER = {"metrics": "Other metrics", "towers": "Each tower", "parity": "Exported files", "classes": "Who pays for it"}
+"""Parts of the page that show a table, by its key."""
 SERIES = {"torch": 0, "onnxruntime": 1, "openvino": 2}
 
 
@@ -62,10 +65,14 @@ class StepChange:
     quality_bar: Markup
 
 
-def render_html(report: Report) -> str:
-    """The whole report as one self-contained page."""
+def render_html(report: Report, folder: Path | None = None) -> str:
+    """The whole report as one self-contained page.
+
+    Args:
+        folder: the run's folder, for pictures and recordings of examples; they are left out where it is not given.
+    """
     metric = headline_metric(report)
-    tables = all_tables(report)
+    tables, sections = all_tables(report), all_sections(report, folder)
     values = {
         "report": report,
         "metric": metric,
@@ -79,6 +86,8 @@ def render_html(report: Report) -> str:
         "legend": legend(report),
         "speeds": [(speed_words(report, s), speed_bars(report, s)) for s in speeds(report) if s.ratio is not None],
         "tables": tables,
+        "sections": sections,
+        "contents": contents(report, tables, sections),
         "steps": step_changes(report, metric),
         "notes": [(row, row_tags(report, row)) for row in report.rows if row.notes],
         "recipe": recipe_yaml(report),
@@ -86,26 +95,22 @@ def render_html(report: Report) -> str:
     return fill_template("report.html.j2", html_filters(), values)
 
 
-def html_filters() -> dict[str, Any]:
-    """The filters that the HTML templates use."""
-    return {"nice": nice, "runtime": lambda name: RUNTIMES.get(name, name), "heading_groups": heading_groups}
-
-
-def nice(text: str) -> str:
-    """Real minus and multiplication signs for numbers; names with digits in them stay as they are."""
-    text = re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
-    return re.sub(r"(?<=\d)x(?=$|[\s,;)])", "\N{MULTIPLICATION SIGN}", text)
-
-
-def heading_groups(table: Table) -> list[tuple[str, int, list[str]]]:
-    """The headings of a table: runs of columns as (group, how many, titles)."""
-    runs: list[tuple[str, int, list[str]]] = []
-    for group, title in table.columns:
-        if group and runs and runs[-1][0] == group:
-            runs[-1] = (group, runs[-1][1] + 1, [*runs[-1][2], title])
-        else:
-            runs.append((group, 1, [title]))
-    return runs
+def contents(report: Report, tables: dict[str, Table], sections: Sequence[Section]) -> list[tuple[str, str]]:
+    """(anchor, title) of the page's parts, in their order."""
+    gained = any(s.ratio is not None for s in speeds(report))
+    return [
+        ("picture", "Size, speed and quality"),
+        *([("gain", "Where the speed came from")] if gained else ()),
+        *([("results", "Every model")] if "results" in tables else ()),
+        *([("steps", "What each step changed")] if len({row.step for row in report.rows}) > 1 else ()),
+        *((s.anchor, s.title) for s in sections),
+        *((key, title) for key, title in AFTER.items() if key in tables),
+        ("gates", "Gates"),
+        *([("done", "What each step cost and did")] if "cost" in tables else ()),
+        ("recipe", "Recipe"),
+        ("again", "How to reproduce"),
+        ("how", "How it was measured"),
+    ]
 
 
 def subtitle(report: Report) -> list[tuple[str, str]]:

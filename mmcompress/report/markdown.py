@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -35,8 +35,10 @@ from mmcompress.report.format import (
     speeds,
 )
 from mmcompress.report.schema import ClassScore, Report, Row
+from mmcompress.report.sections import all_sections
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
+from mmcompress.report.views import escape_markdown, fence, markdown_table
 
 WORST = 5
 
@@ -290,44 +292,12 @@ def all_tables(report: Report) -> dict[str, Table]:
     return {table.key: table for table in made if table is not None}
 
 
-def escape_markdown(text: str) -> str:
-    """Makes text mean nothing but itself in a line or table cell of Markdown."""
-    text = re.sub(r"([\\`*\[\]|~])", r"\\\1", " ".join(text.split()))
-    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def fence(text: str) -> str:
-    """A row of backticks longer than any in the text."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-
-
 def recipe_yaml(report: Report) -> str:
     """The resolved recipe as a user would write it."""
     return yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True, width=110)
 
 
-def render_table(table: Table) -> str:
-    """A table in GitHub's Markdown; the small print follows its number in brackets."""
-    titles = [f"{group}, {title}" if group else title for group, title in table.columns]
-    lines = [_line([escape_markdown(t) for t in titles])]
-    lines.append(_line([":--" if i in table.words else "--:" for i in range(len(titles))]))
-    lines += [_line([_cell(cell) for cell in row]) for row in table.rows]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell(cell: Cell) -> str:
-    text = escape_markdown(cell.text)
-    if cell.small:
-        text += f" ({escape_markdown('; '.join(cell.small))})"
-    return text + "".join(f" **{escape_markdown(tag)}**" for tag in cell.tags)
-
-
-def render_markdown(report: Report) -> str:
+def render_markdown(report: Report, folder: Path | None = None) -> str:
     """The report for pull requests, with the same facts as the HTML page."""
     values = {
         "report": report,
@@ -336,9 +306,10 @@ def render_markdown(report: Report) -> str:
         "gates": gate_words(report),
         "speeds": [speed_words(report, s) for s in speeds(report) if s.ratio is not None],
         "tables": all_tables(report),
+        "sections": [s for s in all_sections(report, folder) if s.markdown],
         "notes": [(row_name(row), row.notes) for row in report.rows if row.notes],
         "recipe": recipe_yaml(report),
         "synthetic": SYNTHETIC,
     }
-    filters = {"md": escape_markdown, "table": render_table, "fence": fence}
+    filters = {"md": escape_markdown, "table": markdown_table, "fence": fence}
     return re.sub(r"\n{3,}", "\n\n", fill_template("report.md.j2", filters, values)).strip() + "\n"

@@ -8,10 +8,10 @@ from typing import Any
 from markupsafe import Markup
 
 from mmcompress.report.format import fill_template
-from mmcompress.report.html import html_filters
 from mmcompress.report.plots import Axes, Point, marker, scatter
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC
+from mmcompress.report.views import html_filters
 
 SHAPES = ("circle", "square", "diamond")
 HUNDRED = 100.0

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
-from tabulate import tabulate
-
+from mmcompress.report.alerts import Alert, Tone
 from mmcompress.report.format import (
     BASELINE,
     MISSING,
@@ -35,8 +34,9 @@ from mmcompress.report.format import (
     times,
 )
 from mmcompress.report.schema import GateResult, Report, Row
+from mmcompress.report.sections import all_alerts, all_sections
+from mmcompress.report.views import text_grid
 
-Tone = Literal["good", "bad", "caution", "neutral"]
 WIDTH = 110
 UNSTEADY = 1.5
 """A 90th percentile this many times the median, or an interval half as wide as the median, is no steady timing."""
@@ -53,14 +53,6 @@ class Chip:
     value: str
     details: tuple[str, ...]
     tone: Tone
-
-
-@dataclass(frozen=True)
-class Alert:
-    """Something that the reader must not miss."""
-
-    tone: Tone
-    text: str
 
 
 def chips(report: Report) -> list[Chip]:
@@ -147,7 +139,7 @@ def bad_news(report: Report) -> list[Alert]:
         )
     undone = dict.fromkeys(row.step for row in report.rows if row.rolled_back)
     alerts += [Alert("bad", f"{s} was rolled back: it missed a gate, and the final model does not contain it.") for s in undone]
-    alerts += _bad_totals(report) + _near_chance(report) + _unsteady(report)
+    alerts += _bad_totals(report) + all_alerts(report) + _near_chance(report) + _unsteady(report)
     final = final_row(report)
     if final is not None and final.loads_with == "mmcompress":
         alerts.append(Alert("caution", "The final model loads with mmcompress only, not with transformers alone."))
@@ -265,11 +257,12 @@ def gate_words(report: Report) -> list[Alert]:
     return [Alert(tones[g.verdict], _gate_text(g)) for g in gates]
 
 
-def render_text(report: Report, width: int | None = None) -> str:
+def render_text(report: Report, width: int | None = None, folder: Path | None = None) -> str:
     """The report for a terminal.
 
     Args:
         width: in characters, 110 where it is left out. Columns are left out, and named, where the table is wider.
+        folder: the run's folder, where it is known.
     """
     width = width or WIDTH
     blocks = [_wrap(report.totals.headline, width)]
@@ -285,6 +278,7 @@ def render_text(report: Report, width: int | None = None) -> str:
     rest = bad_news(report)
     if rest:
         blocks.append("What to know\n" + "\n".join(_bullet("!" if a.tone == "bad" else "", a.text, width) for a in rest))
+    blocks += [f"{s.title}\n{s.text.strip()}" for s in all_sections(report, folder) if s.text.strip()]
     notes = [f"{row_name(row)}: {note}" for row in report.rows for note in row.notes]
     if notes:
         blocks.append("Notes\n" + "\n".join(_bullet("", note, width) for note in notes))
@@ -327,11 +321,8 @@ def _marks(report: Report) -> dict[str, str]:
 
 
 def _grid(columns: dict[str, list[str]]) -> str:
-    # Headers go in as a row: tabulate pads its own headers by two characters each, which costs a column.
-    rules = ["-" * max(len(line) for cell in (title, *cells) for line in cell.splitlines()) for title, cells in columns.items()]
-    body = [list(columns), rules, *(list(line) for line in zip(*columns.values(), strict=True))]
-    sides = ["left" if title in ("step", "runtime") else "right" for title in columns]
-    return tabulate(body, tablefmt="plain", disable_numparse=True, colalign=sides)
+    words = [i for i, title in enumerate(columns) if title in ("step", "runtime")]
+    return text_grid(list(columns), list(zip(*columns.values(), strict=True)), words)
 
 
 def _columns(report: Report) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from mmcompress.report.schema import Report
 def write_report(report: Report, folder: Path) -> None:
     """``report.json``, ``report.html``, ``report.md`` and, of a finished run, the model card ``README.md``."""
     write_json(folder / "report.json", report.model_dump(mode="json"))
-    write_text(folder / "report.html", render_html(report))
-    write_text(folder / "report.md", render_markdown(report))
+    write_text(folder / "report.html", render_html(report, folder))
+    write_text(folder / "report.md", render_markdown(report, folder))
     if report.totals.finished:
         write_text(folder / "README.md", render_card(report))

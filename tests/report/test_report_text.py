@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from mmcompress.report.card import metadata, render_card
-from mmcompress.report.markdown import escape_markdown, render_markdown
+from mmcompress.report.markdown import render_markdown
 from mmcompress.report.text import bad_news, chips, render_text
+from mmcompress.report.views import escape_markdown
 from tests.report import examples
 
 

@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mmcompress"
 # A room may import from rooms of its own level and of those below it.
 LEVELS = [
-    {"errors", "files", "registry", "progress", "recipe", "recipe_errors", "environment", "context", "politeness", "processes"},
+    {
+        "errors",
+        "files",
+        "registry",
+        "progress",
+        "recipe",
+        "recipe_errors",
+        "robustness_settings",
+        "environment",
+        "context",
+        "politeness",
+        "processes",
+    },
     {"config"},
     {"processor"},
     {"model"},

@@ -5,7 +5,7 @@ Shapes: B pictures or recordings, U distinct texts, N queries, D embedding width
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +37,7 @@ class Retrieval(Task):
     """Needs media with one text each, or with a list of texts. Equal texts are one candidate."""
 
     distillation: ClassVar = DUAL_ENCODER_LOSSES
+    text_role: ClassVar = "text"
 
     template: str = Field(
         "{}", description="What the texts are put into before they are read, with {} for the text.", pattern=r"\{\}"
@@ -65,13 +66,8 @@ class Retrieval(Task):
 
         examples.need(self.roles, self.type)
         kept, media = embed_media(predict, processor, examples, reporter)
-        own = [self._texts(examples.without_media(int(i))) for i in kept]
-        distinct = list(dict.fromkeys(text for texts in own for text in texts))
-        place = {text: j for j, text in enumerate(distinct)}
-        relevant = np.zeros((len(kept), len(distinct)), dtype=bool)
-        for i, texts in enumerate(own):
-            relevant[i, [place[text] for text in texts]] = True
-        texts_ = unit_mean_texts(predict, processor, [[text] for text in distinct])
+        groups, relevant = self._sought(examples, [int(i) for i in kept])
+        texts_ = unit_mean_texts(predict, processor, groups)
         similarity = media @ texts_.T
         found: dict[str, np.ndarray] = {}
         for name, scores, right in (
@@ -81,6 +77,21 @@ class Retrieval(Task):
             rank = best_rank(scores, right)
             found |= {f"{name}_r{k}": (rank < k).astype(np.float64) for k in RANKS}
         return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept)
+
+    def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray]:
+        """All distinct texts, each by itself."""
+        return self._sought(examples, range(len(examples)))
+
+    def _sought(self, examples: Examples, indices: Sequence[int]) -> tuple[list[list[str]], np.ndarray]:
+        import numpy as np
+
+        own = [self._texts(examples.without_media(i)) for i in indices]
+        distinct = list(dict.fromkeys(text for texts in own for text in texts))
+        place = {text: j for j, text in enumerate(distinct)}
+        relevant = np.zeros((len(own), len(distinct)), dtype=bool)
+        for i, texts in enumerate(own):
+            relevant[i, [place[text] for text in texts]] = True
+        return [[text] for text in distinct], relevant
 
     def _texts(self, row: dict[str, Any]) -> list[str]:
         texts = row["text"] if isinstance(row["text"], list) else [row["text"]]

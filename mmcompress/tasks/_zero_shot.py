@@ -26,6 +26,7 @@ class ZeroShotClassification(Task):
     """Needs media with labels; the class names are read as text. Subclasses say which media, and give ``templates``."""
 
     distillation: ClassVar = DUAL_ENCODER_LOSSES
+    text_role: ClassVar = "classes"
 
     templates: list[str]
 
@@ -63,8 +64,7 @@ class ZeroShotClassification(Task):
 
         examples.need(self.roles, self.type)
         classes = examples.classes or []
-        prompts = [[t.replace("{}", name) for t in self.templates] for name in classes]
-        anchors = unit_mean_texts(predict, processor, prompts)
+        anchors = unit_mean_texts(predict, processor, self._prompts(classes))
         kept, media = embed_media(predict, processor, examples, reporter)
         labels = np.asarray(examples.labels())[kept]
         ranked = np.argsort(-(media @ anchors.T), axis=1, kind="stable")
@@ -79,6 +79,16 @@ class ZeroShotClassification(Task):
             skipped=len(examples) - len(kept),
             kept=kept,
         )
+
+    def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray]:
+        """The prompts of each class."""
+        import numpy as np
+
+        classes = examples.classes or []
+        return self._prompts(classes), np.asarray(examples.labels())[:, None] == np.arange(len(classes))
+
+    def _prompts(self, classes: list[str]) -> list[list[str]]:
+        return [[t.replace("{}", name) for t in self.templates] for name in classes]
 
 
 def per_class(labels: np.ndarray, answers: np.ndarray, classes: list[str]) -> dict[str, dict[str, float | None]]:

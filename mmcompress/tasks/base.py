@@ -89,6 +89,9 @@ class Task(BaseModel, ABC):
     """Metrics that count mistakes."""
     units: ClassVar[Mapping[str, Literal["percent", "points"]]] = MappingProxyType({})
     """How reports write a metric: as percent where nothing is said, or times 100 without the sign (CIDEr)."""
+    text_role: ClassVar[Literal["classes", "text", "question"] | None] = None
+    """Which texts the model reads beside the media: the names of the classes, or those of a role. None where it reads none that
+    could be mistyped."""
     distillation: ClassVar[Mapping[str, float]]
     """The losses, with their weights, that `distill` and `qat` take where the recipe names none."""
 
@@ -115,6 +118,14 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def evaluate(self, predict: Predict, processor: Processor, examples: Examples, reporter: Reporter) -> Scores:
         """Scores a model that is only seen through ``predict``."""
+
+    def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray] | None:
+        """Where embeddings are compared, the texts among which each example's is sought; None for tasks of another kind.
+
+        Returns:
+            M groups of texts whose embeddings are averaged, and (N, M), which of them are right for each example.
+        """
+        return None
 
     def fits(self, abilities: frozenset[str], family: str) -> None:
         """Checks that a family can do what the task asks for.

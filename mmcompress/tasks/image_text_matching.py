@@ -39,6 +39,7 @@ class ImageTextMatching(Task):
     optional: ClassVar = frozenset({"label"})
     needs: ClassVar = frozenset({"image", "matching"})
     distillation: ClassVar = ANSWER_LOSSES
+    text_role: ClassVar = "text"
 
     type: Literal["image-text-matching"] = Field(description="The task's name.")
     pairs: Literal["drawn", "labelled"] = Field(

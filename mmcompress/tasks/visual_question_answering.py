@@ -48,6 +48,7 @@ class VisualQuestionAnswering(Task):
     )
     needs: ClassVar = frozenset({"image", "answers"})
     distillation: ClassVar = ANSWER_LOSSES
+    text_role: ClassVar = "question"
 
     type: Literal["visual-question-answering"] = Field(description="The task's name.")
     template: str = Field(

@@ -1,0 +1,1 @@
+"""Stated, seeded damage to pictures, recordings and texts: what robustness is measured with."""

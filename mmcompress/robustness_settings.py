@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mmcompress.errors import one_of
 
-SEVERITIES = (1, 2, 3, 4, 5)
+Severity = Literal[1, 2, 3, 4, 5]
+SEVERITIES: tuple[Severity, ...] = (1, 2, 3, 4, 5)
 
 PICTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -87,7 +88,7 @@ class Robustness(BaseModel):
         + ", ".join(SOUNDS)
         + ". All of the data's kind where left out.",
     )
-    severities: list[Literal[1, 2, 3, 4, 5]] = Field(
+    severities: list[Severity] = Field(
         list(SEVERITIES), min_length=1, description="Severities of corruptions and typos, 1 (light) to 5 (strong)."
     )
     text: bool = Field(True, description="Typos and casing in the texts that the model reads beside pictures or recordings.")

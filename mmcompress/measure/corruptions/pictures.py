@@ -206,7 +206,7 @@ def value_changed(pixels: np.ndarray, added: float) -> np.ndarray:
     value = pixels.max(axis=2, keepdims=True)
     new = np.clip(value + added, 0.0, 1.0)
     # At the same hue and saturation all channels are in proportion to the value; black has no hue and becomes grey.
-    return np.where(value > 0, pixels * new / np.where(value > 0, value, 1.0), new)
+    return np.asarray(np.where(value > 0, pixels * new / np.where(value > 0, value, 1.0), new))
 
 
 def _contrast(pixels: np.ndarray, strength: Strength, scale: float, rng: np.random.Generator) -> np.ndarray:

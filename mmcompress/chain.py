@@ -30,7 +30,7 @@ from mmcompress.measure.rows import Meter, export_float
 from mmcompress.model import CompressedModel, load
 from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
-from mmcompress.recipe import Recipe, load_recipe, make_recipe, resolved
+from mmcompress.recipe import Recipe, load_recipe, make_recipe, margins, resolved
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
 from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
@@ -138,7 +138,7 @@ class Chain:
         data = load_examples(self.recipe)
         for which, examples in data.items():
             log.info("%s: %d examples", which, len(examples))
-        self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter)
+        self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter, margins=margins(self.recipe))
         self._look_for_leaks(data)
         self._look_for_numbers(data)
         self.data = data

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from mmcompress.config import resolve
 from mmcompress.data.sources import load_source
 from mmcompress.errors import ModelError
+from mmcompress.measure.clusters import clustered
 from mmcompress.measure.quality import class_scores, qualities
 from mmcompress.model import load
 from mmcompress.processor import load_processor
@@ -37,7 +38,7 @@ def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
         predict, processor = TorchPredict(model, recipe.report.device), model.processor
     if processor.family is not None:
         recipe.task.fits(processor.family.abilities, processor.family.name)
-    scores = recipe.task.evaluate(predict, processor, examples, SILENT)
+    scores = clustered(recipe.task.evaluate(predict, processor, examples, SILENT), examples)
     return {
         "model": source,
         "runtime": predict.runtime,

@@ -55,8 +55,8 @@ class Source(_Strict):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Role to column name, for roles image, audio, text, label, question, answers, speaker. Common names are "
-        "found without it.",
+        description="Role to column name, for roles image, audio, text, label, question, answers, speaker, cluster (examples "
+        "with the same value stand or fall together in the intervals). Common names are found without it.",
     )
     classes: list[str] | None = Field(
         None, description="Class names in the order of the label numbers, where the data does not say."
@@ -142,6 +142,13 @@ class ReportSettings(_Strict):
     seconds: float = Field(
         2.0, gt=0, le=600, description="Time spent on each latency figure, in seconds (at least 20 calls are made)."
     )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="The loss of quality that is taken as harmless where no gate with max_drop says so, in points: a difference "
+        "whose whole 95% interval lies above it is called no worse.",
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
     )
@@ -217,6 +224,12 @@ def recipe_model() -> type[Recipe]:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe_model().model_json_schema(by_alias=True)}
+
+
+def margins(recipe: Recipe) -> dict[str, float]:
+    """For each metric with a gate on its loss the strictest such limit, in points: what its verdicts are held against."""
+    limits = sorted(((g.metric, g.max_drop) for g in recipe.gates if g.max_drop is not None), key=lambda pair: -pair[1])
+    return dict(limits)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -18,6 +18,10 @@ KINDS = ("image", "audio")
 """The roles whose values are media: decoded when asked for, prepared by the model's processor, and cached."""
 
 
+GROUPING = ("cluster", "speaker")
+"""The roles whose values only say which examples belong together; read as they are, and never refused."""
+
+
 class Examples(Sequence[dict[str, Any]]):
     """Rows by role (see `ROLES`), whatever the columns of the source are called.
 
@@ -103,7 +107,7 @@ class Examples(Sequence[dict[str, Any]]):
                 value = decode_audio(value, f"{self.name}, row {index}, column {column!r}", self.folder)
             elif role == "label":
                 value = self._label(value, index, column)
-            elif role != "speaker":
+            elif role not in GROUPING:
                 value = self._text(_said_by_people(value) if role == "answers" else value, index, column)
             found[role] = value
         return found
@@ -133,15 +137,24 @@ class Examples(Sequence[dict[str, Any]]):
                 raise DataError(f"{self.name}: the labels in {column!r} name no classes; give their names with classes: [...]")
 
     def narrow(self, roles: Mapping[str, str], who: str, optional: Collection[str] = ()) -> None:
-        """Checks as ``need``, then keeps only the columns that a task reads: what is wrong with others stops nothing."""
+        """Checks as ``need``, then keeps only the columns that a task reads, and those that say what belongs together.
+
+        What is wrong with others stops nothing.
+        """
         self.need(roles, who, optional)
-        self.columns = {role: column for role, column in self.columns.items() if role in roles}
+        self.columns = {role: column for role, column in self.columns.items() if role in roles or role in GROUPING}
 
     def column_names(self) -> list[str]:
         """The names of the source's columns."""
         if isinstance(self.rows, datasets.Dataset):
             return list(self.rows.column_names)
         return list(self.rows[0]) if len(self.rows) else []
+
+    def values(self, role: str) -> Sequence[Any]:
+        """A role's column as it is in the data."""
+        column = self.columns[role]
+        found: Sequence[Any] = self.rows[column] if isinstance(self.rows, datasets.Dataset) else [r[column] for r in self.rows]
+        return found
 
     def labels(self) -> list[int]:
         """All labels as indices into ``classes``, without decoding pictures."""
@@ -261,6 +274,7 @@ ROLE_NAMES = {
     "question": ("question", "questions", "query"),
     "answers": ("answers", "answer", "multiple_choice_answer"),
     "speaker": ("speaker", "speaker_id", "client_id"),
+    "cluster": ("cluster", "image_id", "img_id", "imageid"),
 }
 """For each role the names that its column commonly has."""
 

@@ -5,18 +5,22 @@ Shapes: N examples, K statistics of an example.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mmcompress.measure.conclusion import MARGIN, conclusion
 from mmcompress.measure.statistics import (
     Value,
     corpus_difference_interval,
     corpus_interval,
     difference_interval,
+    mcnemar,
+    grouped,
     mean_interval,
     ratio,
     ratio_statistics,
@@ -30,20 +34,28 @@ def qualities(scores: Scores) -> dict[str, Quality]:
     found = {}
     for metric, values in scores.per_example.items():
         weights = scores.weights.get(metric)
-        low, high = mean_interval(values, weights=weights, clusters=scores.clusters)
+        low, high = mean_interval(values, weights=weights, clusters=scores.clusters_of(metric))
         found[metric] = Quality(value=_mean(values, weights), low=low, high=high, n=len(values))
     for metric, corpus in scores.corpus.items():
         value = _function(corpus, metric)
-        low, high = corpus_interval(corpus.statistics, value, clusters=scores.clusters)
+        low, high = corpus_interval(corpus.statistics, value, clusters=scores.clusters_of(metric))
         found[metric] = Quality(value=_whole(corpus.statistics, value), low=low, high=high, n=len(corpus.statistics))
     return found
 
 
-def changes(scores: Scores, baseline: Scores, lower_is_better: Collection[str] = ()) -> dict[str, Change]:
+def changes(
+    scores: Scores,
+    baseline: Scores,
+    lower_is_better: Collection[str] = (),
+    margins: Mapping[str, float] = MappingProxyType({}),
+    margin: float = MARGIN,
+) -> dict[str, Change]:
     """Each metric's paired difference to the baseline; metrics whose examples do not match are left out.
 
     Args:
         lower_is_better: metrics that count mistakes: there a fall is an improvement.
+        margins: for each metric the loss that is taken as harmless, in points.
+        margin: that of the others.
     """
     ours, theirs = scores.kept, baseline.kept
     if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
@@ -55,20 +67,39 @@ def changes(scores: Scores, baseline: Scores, lower_is_better: Collection[str] =
             continue
         one, two = scores.weights.get(metric), baseline.weights.get(metric)
         weights = None if one is None or two is None else (one, two)
-        interval = difference_interval(new, old, weights=weights, clusters=scores.clusters)
+        clusters = scores.clusters_of(metric)
+        interval = difference_interval(new, old, weights=weights, clusters=clusters)
         difference = _mean(new, one) - _mean(old, two)
         found[metric] = _change(difference, interval, new, old, metric in lower_is_better, _same(scores, baseline))
+        flips = weights is None and not grouped(clusters) and np.isin([new, old], (0.0, 1.0)).all()
+        if flips:
+            found[metric].p_value = mcnemar(found[metric].won, found[metric].lost)
     for metric, corpus in scores.corpus.items():
         before = baseline.corpus.get(metric)
         if before is None or before.statistics.shape != corpus.statistics.shape:
             continue
         value = _function(corpus, metric)
         a, b = corpus.statistics, before.statistics
-        interval = corpus_difference_interval(a, b, value, clusters=scores.clusters)
+        interval = corpus_difference_interval(a, b, value, clusters=scores.clusters_of(metric))
         difference = _whole(a, value) - _whole(b, value)
         # An example is won where the metric over it alone is better.
         found[metric] = _change(difference, interval, value(a), value(b), metric in lower_is_better, _same(scores, baseline))
+    for metric, change in found.items():
+        _conclude(change, metric in lower_is_better, margins.get(metric, margin))
     return found
+
+
+def _conclude(change: Change, lower_is_better: bool, margin: float) -> None:
+    change.margin = margin
+    change.conclusion, change.needed = conclusion(
+        change.difference,
+        change.low,
+        change.high,
+        change.n,
+        margin,
+        lower_is_better=lower_is_better,
+        identical=change.verdict == "identical",
+    )
 
 
 def _change(
@@ -118,6 +149,7 @@ def save_scores(scores: Scores, path: Path) -> None:
     arrays |= {name: values for name in ("answers", "kept") if (values := getattr(scores, name)) is not None}
     if scores.clusters is not None:
         arrays["clusters"] = np.unique(scores.clusters, return_inverse=True)[1]  # names of speakers are no numbers
+    arrays |= {f"owner.{name}": values for name, values in scores.owners.items()}
     save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path)
 
 
@@ -135,4 +167,5 @@ def load_scores(path: Path) -> Scores:
         answers=arrays.get("answers"),
         kept=arrays.get("kept"),
         clusters=arrays.get("clusters"),
+        owners=named("owner."),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mmcompress.data.prepare import WORDS, prepared, prepared_rows
 from mmcompress.errors import DataError, ModelError
 from mmcompress.families.base import NEW_TOKENS, Arrays
 from mmcompress.measure import latency, quality, size
+from mmcompress.measure.clusters import clustered, clusters_note
 from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
 from mmcompress.quantization.onnx_export import export_component
@@ -34,6 +36,7 @@ class Meter:
 
     Attributes:
         baseline: the baseline's scores in torch, which every other row is compared with example by example.
+        margins: for each metric with a gate the loss that the gate takes as harmless, in points; `settings.margin` for others.
     """
 
     task: Task
@@ -41,6 +44,7 @@ class Meter:
     settings: ReportSettings
     reporter: Reporter
     baseline: Scores | None = None
+    margins: Mapping[str, float] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
 
     def torch_row(self, model: CompressedModel, folder: Path, step: str) -> Row:
@@ -117,12 +121,14 @@ class Meter:
         )
 
     def _score(self, row: Row, predict: Predict, model: CompressedModel) -> None:
-        scores = self.task.evaluate(predict, model.processor, self.examples, self.reporter)
+        scores = clustered(self.task.evaluate(predict, model.processor, self.examples, self.reporter), self.examples)
         self.scores[f"{row.step}.{row.runtime}"] = scores
         row.quality = quality.qualities(scores)
         row.classes = quality.class_scores(scores)
         if self.baseline is not None:
-            row.change = quality.changes(scores, self.baseline, self.task.lower_is_better)
+            row.change = quality.changes(scores, self.baseline, self.task.lower_is_better, self.margins, self.settings.margin)
+        elif note := clusters_note(scores, self.examples):
+            row.notes.append(note)
         if scores.skipped:
             what = WORDS[self.examples.kind]
             row.notes.append(f"{scores.skipped} of {len(self.examples)} examples were skipped: their {what} does not decode.")

@@ -3,6 +3,11 @@
 A weighted mean (a word error rate: errors over words) and a corpus metric (BLEU) are functions of sums over the examples. All
 bootstraps here resample the examples, or clusters of them, as counts, and take the sums as a product of matrices.
 
+The bootstrap is BCa (bias-corrected and accelerated: Efron, JASA 82, 1987), at the normal quantiles replaced by Student's with a
+factor of sqrt(n / (n - 1)), as Hesterberg (The American Statistician 69, 2015, section 4) widens percentile intervals for small n.
+The plain percentile interval covers 87 to 91% with 8 to 20 clusters, and less than 93% of skewed error rates; this one stays
+inside the data's range, as a studentised one does not. Coverage is simulated in tests/measure/test_coverage.py.
+
 Shapes: N examples, G clusters, K statistics of an example, R resamples.
 """
 
@@ -44,8 +49,8 @@ def mean_interval(
     """The 95% interval of a mean or weighted mean.
 
     Of values that are all 0 or 1, count the same and stand alone it is Wilson's score interval (Wilson 1927), which stays
-    honest near 0 and 1 where a bootstrap of few examples shrinks to a point; else the percentile bootstrap. Where every value
-    is 0 or every value is 1 the bootstrap, of clusters too, shrinks to a point, and it is Wilson's interval over the examples.
+    honest near 0 and 1 where a bootstrap of few examples shrinks to a point; else the bootstrap. Where all values are the same
+    share the bootstrap, of clusters too, shrinks to a point, and it is Wilson's interval over the examples.
 
     Args:
         values: shape (N,).
@@ -61,9 +66,9 @@ def mean_interval(
         raise ValueError("an interval needs at least one value")
     clusters = _real_clusters(clusters)
     alone = weights is None and clusters is None
-    if np.isin(values, (0.0, 1.0)).all() and (alone or len(set(values.tolist())) == 1):
-        ends = stats.binomtest(int(values.sum()), n).proportion_ci(LEVEL, method="wilson")
-        return float(ends.low), float(ends.high)
+    one_share = values.min() == values.max() and 0 <= values[0] <= 1
+    if one_share or (alone and np.isin(values, (0.0, 1.0)).all()):
+        return _wilson(float(values.mean()), n)
     return corpus_interval(ratio_statistics(values, weights), ratio, seed, clusters=clusters)
 
 
@@ -79,8 +84,8 @@ def difference_interval(
 
     Of values that are all 0 or 1, count the same and stand alone it is the adjusted Wald interval for matched proportions of
     Agresti and Min (Statistics in Medicine 24, 2005), which adds half an example to each cell of the 2 x 2 table: with no
-    discordant pair among few examples it stays wide, where a bootstrap would claim certainty. Else the percentile bootstrap of
-    the pairs; where no pair differs, shares that count differently or stand in clusters get that of Agresti and Min too.
+    discordant pair among few examples it stays wide, where a bootstrap would claim certainty. Else the bootstrap of the pairs;
+    where no pair differs, shares that count differently or stand in clusters get that of Agresti and Min too.
 
     Args:
         new: shape (N,).
@@ -108,6 +113,13 @@ def difference_interval(
     return corpus_difference_interval(ours, theirs, ratio, seed, clusters=clusters)
 
 
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
 def _agresti_min(won: int, lost: int, n: int) -> tuple[float, float]:
     more, less, total = won + 0.5, lost + 0.5, n + 2
     middle = (more - less) / total
@@ -119,7 +131,7 @@ def _agresti_min(won: int, lost: int, n: int) -> tuple[float, float]:
 def corpus_interval(
     statistics: np.ndarray, value: Value, seed: int = 0, *, clusters: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of a metric that is a function of sums over the examples.
+    """The 95% bootstrap interval of a metric that is a function of sums over the examples.
 
     Args:
         statistics: shape (N, K).
@@ -128,7 +140,7 @@ def corpus_interval(
     Raises:
         ValueError: there are no examples.
     """
-    return _ends(value(resampled_sums(statistics, seed, clusters=clusters)))
+    return _bca(_together(statistics, clusters), value, seed)
 
 
 def corpus_difference_interval(
@@ -145,9 +157,34 @@ def corpus_difference_interval(
     """
     if new.shape != old.shape:
         raise ValueError(f"paired values need equal shapes; found {new.shape} and {old.shape}")
-    sums = resampled_sums(np.concatenate([new, old], axis=1), seed, clusters=clusters)
     k = new.shape[1]
-    return _ends(value(sums[:, :k]) - value(sums[:, k:]))
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return value(sums[:, :k]) - value(sums[:, k:])
+
+    return _bca(_together(np.concatenate([new, old], axis=1), clusters), difference, seed)
+
+
+def _bca(statistics: np.ndarray, value: Value, seed: int) -> tuple[float, float]:
+    """The interval of ``value`` from rows that are drawn one by one; see the module."""
+    n = len(statistics)
+    total = statistics.sum(axis=0, keepdims=True)
+    drawn, found = value(resampled_sums(statistics, seed)), float(value(total)[0])
+    drawn = drawn[np.isfinite(drawn)]  # a resample of empty transcripts has no rate
+    if not len(drawn) or n == 1:
+        return found, found
+    below = (np.sum(drawn < found) + 0.5 * np.sum(drawn == found)) / len(drawn)
+    bias = stats.norm.ppf(np.clip(below, 1 / (len(drawn) + 1), len(drawn) / (len(drawn) + 1)))
+    kinds, counts = np.unique(statistics, axis=0, return_counts=True)
+    without = value(total - kinds)  # the jackknife
+    usable = np.isfinite(without)
+    gaps = np.average(without[usable], weights=counts[usable]) - without[usable] if usable.any() else np.zeros(0)
+    square = float((counts[usable] * gaps**2).sum())
+    acceleration = float((counts[usable] * gaps**3).sum()) / (6 * square**1.5) if square > 0 else 0.0
+    wide = math.sqrt(n / (n - 1)) * stats.t.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], n - 1)
+    moved = bias + (bias + wide) / np.maximum(1 - acceleration * (bias + wide), 1e-3)
+    low, high = np.quantile(drawn, stats.norm.cdf(moved))
+    return float(low), float(high)
 
 
 def resampled_sums(statistics: np.ndarray, seed: int = 0, *, clusters: np.ndarray | None = None) -> np.ndarray:
@@ -162,14 +199,7 @@ def resampled_sums(statistics: np.ndarray, seed: int = 0, *, clusters: np.ndarra
     Raises:
         ValueError: there are no examples.
     """
-    statistics = np.asarray(statistics, dtype=np.float64)
-    if not len(statistics):
-        raise ValueError("an interval needs at least one value")
-    clusters = _real_clusters(clusters)
-    if clusters is not None:
-        together = np.zeros((int(clusters.max()) + 1, statistics.shape[1]))
-        np.add.at(together, clusters, statistics)
-        statistics = together
+    statistics = _together(statistics, clusters)
     rng = np.random.default_rng(seed)
     n = len(statistics)
     resamples = int(np.clip(MOST_DRAWS // n, FEWEST_RESAMPLES, RESAMPLES))
@@ -185,6 +215,28 @@ def resampled_sums(statistics: np.ndarray, seed: int = 0, *, clusters: np.ndarra
     return np.concatenate(found)
 
 
+def _together(statistics: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """The statistics of what is drawn together, added up: (G, K), or (N, K) where each stands alone.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    statistics = np.asarray(statistics, dtype=np.float64)
+    if not len(statistics):
+        raise ValueError("an interval needs at least one value")
+    clusters = _real_clusters(clusters)
+    if clusters is None:
+        return statistics
+    together = np.zeros((int(clusters.max()) + 1, statistics.shape[1]))
+    np.add.at(together, clusters, statistics)
+    return together
+
+
+def grouped(clusters: np.ndarray | None) -> bool:
+    """Whether some examples really stand together."""
+    return _real_clusters(clusters) is not None
+
+
 def _real_clusters(clusters: np.ndarray | None) -> np.ndarray | None:
     """Clusters numbered from 0; None where each holds one example, or where one holds all and there is nothing to resample."""
     if clusters is None:
@@ -193,9 +245,13 @@ def _real_clusters(clusters: np.ndarray | None) -> np.ndarray | None:
     return None if len(names) in (1, len(numbers)) else numbers.reshape(-1)
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def mcnemar(won: int, lost: int) -> float:
+    """The exact two-sided p-value of the flips between two models on the same examples (McNemar, Psychometrika 12, 1947).
+
+    If neither model were better, each example that only one of them gets right would be either's with probability 1/2: the
+    binomial test. Without such examples it is 1.
+    """
+    return float(stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 
 
 def median_interval(times: np.ndarray) -> tuple[float, float]:

@@ -36,8 +36,11 @@ class Quality(_Model):
     """A metric with its 95% interval."""
 
     value: float
-    low: float = Field(description="Lower end of the 95% bootstrap interval.")
-    high: float = Field(description="Upper end of the 95% bootstrap interval.")
+    low: float = Field(
+        description="Lower end of the 95% interval: Wilson's of shares, else the BCa bootstrap over examples, or over clusters "
+        "(one picture's or speaker's examples)."
+    )
+    high: float = Field(description="Upper end of the 95% interval.")
     n: int = Field(description="How many examples it is taken over.")
 
 
@@ -45,12 +48,35 @@ class Change(_Model):
     """A metric's paired difference to the baseline on the same examples (compressed minus baseline)."""
 
     difference: float
-    low: float = Field(description="Lower end of the 95% paired bootstrap interval.")
-    high: float = Field(description="Upper end of the 95% paired bootstrap interval.")
+    low: float = Field(
+        description="Lower end of the 95% interval of the paired difference: Agresti and Min's of shares, else the BCa bootstrap "
+        "over examples or clusters."
+    )
+    high: float = Field(description="Upper end of the 95% interval.")
     n: int
     lost: int = Field(description="Examples that are worse than the baseline's: it got them right and this model does not.")
     won: int = Field(description="Examples that are better than the baseline's.")
-    verdict: Literal["better", "worse", "no clear difference", "identical"]
+    verdict: Literal["better", "worse", "no clear difference", "identical"] = Field(
+        description="On which side of zero the interval lies."
+    )
+    p_value: float | None = Field(
+        None,
+        description="Exact two-sided McNemar test of `won` against `lost`; null where examples are not just right or wrong, or "
+        "stand in clusters.",
+    )
+    margin: float | None = Field(
+        None, description="The loss that is taken as harmless, in points: the gate's max_drop, else the recipe's report.margin."
+    )
+    needed: int | None = Field(
+        None,
+        description="About how many examples would settle it with 80% power, from the spread seen; null where it is settled.",
+    )
+    conclusion: str = Field("", description="The verdict in words, against the margin.")
+
+    @property
+    def words(self) -> str:
+        """What views say of it; reports of earlier versions have the bare verdict."""
+        return self.conclusion or self.verdict
 
 
 class ClassScore(_Model):

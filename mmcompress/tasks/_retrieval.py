@@ -70,13 +70,15 @@ class Retrieval(Task):
         texts_ = unit_mean_texts(predict, processor, groups)
         similarity = media @ texts_.T
         found: dict[str, np.ndarray] = {}
+        # Texts of one picture stand or fall together; one that several share is counted with the first.
+        owners = {f"text_to_{examples.kind}_r{k}": relevant.argmax(axis=0) for k in RANKS}
         for name, scores, right in (
             (f"{examples.kind}_to_text", similarity, relevant),
             (f"text_to_{examples.kind}", similarity.T, relevant.T),
         ):
             rank = best_rank(scores, right)
             found |= {f"{name}_r{k}": (rank < k).astype(np.float64) for k in RANKS}
-        return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept)
+        return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept, owners=owners)
 
     def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray]:
         """All distinct texts, each by itself."""

@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 
 UNSPACED = ("zh", "yue", "ja", "th", "lo", "my")
 """Languages that write no spaces between words: there the Whisper paper counts letters (appendix C)."""
-FEWEST_SPEAKERS = 20
-"""With fewer clusters than this a bootstrap of clusters is too narrow more often than it says."""
 
 
 class AutomaticSpeechRecognition(Task):
     """Needs recordings with one transcript each. A column of speakers is used where there is one.
 
     The error rates are those of all recordings together, all errors over all words (or letters), so that long recordings count
-    more than short ones; they may pass 100%. With at least 20 speakers their intervals are clustered by speaker: recordings of
+    more than short ones; they may pass 100%. With at least 10 speakers their intervals are clustered by speaker: recordings of
     one speaker fail together, and other speakers are what matters. With fewer, or none named, they are by recording, and then
     hold for these speakers only. Recordings whose transcript has no words after normalisation are not scored.
     """
@@ -95,6 +93,7 @@ class AutomaticSpeechRecognition(Task):
         """
         import numpy as np
 
+        from mmcompress.data.groups import group_numbers
         from mmcompress.tasks._respond import answers, fingerprints
 
         examples.need(self.roles, self.type, self.optional)
@@ -119,7 +118,7 @@ class AutomaticSpeechRecognition(Task):
                 "exact_match": (word_errors == 0).astype(np.float64),
             },
             weights={"wer": words, "cer": letters},
-            clusters=by_speaker([rows[i].get("speaker") for i in scored]),
+            clusters=group_numbers([rows[i].get("speaker") for i in scored]),
             answers=fingerprints(found),
             skipped=skipped,
             kept=kept[scored],
@@ -179,19 +178,6 @@ def edits(wanted: Sequence[str], found: Sequence[str]) -> tuple[np.ndarray, np.n
         counts.append(line)
     word_errors, words, letter_errors, letters = np.array(counts, dtype=np.float64).T
     return word_errors, words, letter_errors, letters
-
-
-def by_speaker(speakers: Sequence[Any]) -> np.ndarray | None:
-    """The speaker of each recording as a number, (N,); None where one is not named, or where they are too few to resample."""
-    import numpy as np
-
-    if any(speaker is None for speaker in speakers):
-        return None
-    names = sorted({str(speaker) for speaker in speakers})
-    if len(names) < FEWEST_SPEAKERS:
-        return None
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([number[str(speaker)] for speaker in speakers], dtype=np.int64)
 
 
 TASK = AutomaticSpeechRecognition

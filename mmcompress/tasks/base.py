@@ -52,7 +52,10 @@ class Scores:
 
     Attributes:
         per_example: for each metric an array of shape (N,): what each example contributes; the metric is its mean.
-        clusters: shape (N,), which examples stand or fall together (the same picture); None where all stand alone.
+        clusters: shape (N,), which examples stand or fall together (the same picture); None where all stand alone or where the
+            task does not know (`measure.clusters` then looks at the data).
+        owners: for metrics that are not over the examples but over something that belongs to them (the texts of retrieval), shape
+            (M,): the number, below N, of the example that each belongs to.
         answers: shape (N,), the prediction as an index, where the task has one (for flips).
         classes: for each class name ``{"precision", "recall", "n"}``.
         skipped: examples that could not be used, where the recipe allows to skip them.
@@ -70,6 +73,14 @@ class Scores:
     kept: np.ndarray | None = None
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     corpus: dict[str, CorpusMetric] = field(default_factory=dict)
+    owners: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def clusters_of(self, metric: str) -> np.ndarray | None:
+        """What stands or falls together among the values of a metric; None where all stand alone."""
+        owners = self.owners.get(metric)
+        if owners is None:
+            return self.clusters
+        return owners if self.clusters is None else self.clusters[owners]
 
 
 class Task(BaseModel, ABC):

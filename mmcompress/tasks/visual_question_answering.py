@@ -97,7 +97,6 @@ class VisualQuestionAnswering(Task):
             "exact_match": np.array([is_most_frequent(answer, known) for answer, known in pairs], dtype=np.float64),
         }
         numbers = fingerprints([normalise(answer) for answer in said])
-        # Questions about one picture stand or fall together, but which are is not known here: rows hold no picture's id.
         return Scores(found, answers=numbers, skipped=len(examples) - len(kept), kept=kept)
 
     def asked(self, row: dict[str, Any]) -> str:

@@ -4,9 +4,9 @@ A weighted mean (a word error rate: errors over words) and a corpus metric (BLEU
 bootstraps here resample the examples, or clusters of them, as counts, and take the sums as a product of matrices.
 
 The bootstrap is BCa (bias-corrected and accelerated: Efron, JASA 82, 1987), at the normal quantiles replaced by Student's with a
-factor of sqrt(n / (n - 1)), as Hesterberg (The American Statistician 69, 2015, section 4) widens percentile intervals for small n.
-The plain percentile interval covers 87 to 91% with 8 to 20 clusters, and less than 93% of skewed error rates; this one stays
-inside the data's range, as a studentised one does not. Coverage is simulated in tests/measure/test_coverage.py.
+factor of sqrt(n / (n - 1)), as Hesterberg (The American Statistician 69, 2015) widens percentile intervals for small n. A plain
+percentile interval is too narrow with few clusters and of skewed error rates; this one holds, and stays inside the data's range,
+as a studentised one does not. tests/measure/test_coverage.py simulates how often it holds the truth.
 
 Shapes: N examples, G clusters, K statistics of an example, R resamples.
 """

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from mmcompress.recipe import Gate
 from mmcompress.report.schema import Gain, GateResult, Row, Totals
+from mmcompress.report.words import change_note
 
 
 def judge(gate: Gate, row: Row, lower_is_better: Collection[str] = ()) -> GateResult:
@@ -88,11 +89,8 @@ def add_notes(row: Row, before: Row | None, shrinks: bool) -> None:
             f"{saved:.1f} of {saved + row.facts['teacher_seconds']:.1f} s of its time were saved."
         )
     for metric, change in row.change.items():
-        if change.verdict == "worse":
-            row.notes.append(
-                f"{metric} is worse than the baseline's by {abs(100 * change.difference):.2f} points "
-                f"(95% interval {_points(change.low)} to {_points(change.high)})."
-            )
+        if note := change_note(metric, change):
+            row.notes.append(note)
 
 
 def totals(
@@ -174,6 +172,7 @@ def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metr
         said = ["lower is better"] if lower else []
         if change is not None:
             said += [f"{_points(change.difference)} points", f"95% interval {_points(change.low)} to {_points(change.high)}"]
+            said += [change.conclusion] if change.conclusion else []
         parts.append(f"{text} ({', '.join(said)})" if said else text)
     return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + "."
 

@@ -238,7 +238,7 @@ def _quality(fmt: MetricFormat, entry: Entry) -> list[Cell]:
     if change is None:
         return [value, Cell(MISSING)]
     tone = {"worse": "bad", "better": "good"}.get(change.verdict, "")
-    return [value, Cell(fmt.change(change), (fmt.change_interval(change), change.verdict), tone)]
+    return [value, Cell(fmt.change(change), (fmt.change_interval(change), change.words), tone)]
 
 
 def _gates(entry: Entry) -> Cell:

@@ -126,7 +126,7 @@ def _change_cell(fmt: MetricFormat, row: Row) -> Cell:
     if found is None:
         return Cell(MISSING)
     tone = {"worse": "bad", "better": "good"}.get(found.verdict, "")
-    return Cell(fmt.change(found), (fmt.change_interval(found), f"{found.won} won, {found.lost} lost", found.verdict), tone)
+    return Cell(fmt.change(found), (fmt.change_interval(found), f"{found.won} won, {found.lost} lost", found.words), tone)
 
 
 def metrics_table(report: Report) -> Table | None:

@@ -36,6 +36,7 @@ from mmcompress.report.format import (
 from mmcompress.report.schema import GateResult, Report, Row
 from mmcompress.report.sections import all_alerts, all_sections
 from mmcompress.report.views import text_grid
+from mmcompress.report.words import change_alerts, change_tone
 
 WIDTH = 110
 UNSTEADY = 1.5
@@ -119,13 +120,12 @@ def _quality_chip(report: Report) -> Chip:
     span = f"{fmt.value(before)} → {fmt.value(final.quality[metric].value)}"
     if change is None:
         return Chip(label, fmt.value(final.quality[metric].value), (span, "no paired difference was taken"), "neutral")
-    tones: dict[str, Tone] = {"better": "good", "identical": "good", "worse": "bad"}
     interval = f"95% interval {fmt.change_interval(change)}"
     return Chip(
         label,
         f"{fmt.change(change)}",
-        (span, interval, f"{change.verdict}, n = {change.n:,}"),
-        tones.get(change.verdict, "neutral"),
+        (span, interval, f"{change.words}, n = {change.n:,}"),
+        change_tone(change),
     )
 
 
@@ -210,10 +210,7 @@ def _bad_totals(report: Report) -> list[Alert]:
             )
     final = final_row(report)
     for metric, change in final.change.items() if final else ():
-        if change.verdict == "worse":
-            fmt = metric_format(report, metric)
-            words = f"{fmt.change(change)} (95% interval {fmt.change_interval(change)}; {change.won} won, {change.lost} lost)"
-            alerts.append(Alert("bad", f"{metric} is clearly worse than the baseline's: {words}."))
+        alerts += change_alerts(metric_format(report, metric), change)
     return alerts
 
 

@@ -8,38 +8,47 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from mmcompress.report.alerts import Alert
 from mmcompress.report.format import (
     BASELINE,
-    MISSING,
     RUNTIMES,
     MetricFormat,
     Speed,
-    baseline_row,
     batches,
     bytes_scale,
-    count_scale,
     fill_template,
     final_row,
     headline_metric,
     metric_format,
     ms_scale_of,
     row_name,
-    smaller,
     speeds,
     times,
 )
-from mmcompress.report.markdown import all_tables, recipe_yaml, row_tags
-from mmcompress.report.plots import Axes, Point, interval_bar, marker, scatter, value_bar
-from mmcompress.report.schema import Change, Report, Row
+from mmcompress.report.markdown import all_tables, recipe_yaml
+from mmcompress.report.plots import Axes, Point, marker, scatter, value_bar
+from mmcompress.report.reproduce import reproduce
+from mmcompress.report.schema import Report, Row
 from mmcompress.report.sections import Section, all_sections
-from mmcompress.report.tables import Cell, Table
+from mmcompress.report.tables import Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 from mmcompress.report.views import html_filters
+from mmcompress.report.waterfall import SERIES, row_tags, waterfalls
 
 SHAPES = {"torch": "circle", "onnxruntime": "square", "openvino": "diamond"}
-AFTER = {"metrics": "Other metrics", "towers": "Each tower", "parity": "Exported files", "classes": "Who pays for it"}
+AFTER = {
+    "results": "Every model",
+    "metrics": "Other metrics",
+    "towers": "Each tower",
+    "parity": "Exported files",
+    "classes": "Who pays for it",
+    "decided": "What was decided",
+    "rounds": "Rounds",
+    "done": "What each step cost and did",
+}
 """Parts of the page that show a table, by its key."""
-SERIES = {"torch": 0, "onnxruntime": 1, "openvino": 2}
+SHOWN_ALERTS = 7
+"""More than these, without the bad ones, stand in a fold."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,6 @@ class Bar:
     picture: Markup
 
 
-@dataclass(frozen=True)
-class StepChange:
-    """What one step changed, against the step before and against the baseline."""
-
-    step: Cell
-    runtime: str
-    parameters: Cell
-    disk: Cell
-    disk_bar: Markup
-    quality: Cell
-    quality_bar: Markup
-
-
 def render_html(report: Report, folder: Path | None = None) -> str:
     """The whole report as one self-contained page.
 
@@ -73,12 +69,13 @@ def render_html(report: Report, folder: Path | None = None) -> str:
     """
     metric = headline_metric(report)
     tables, sections = all_tables(report), all_sections(report, folder)
+    falls = waterfalls(report, metric)
+    first, rest = first_screen([*(Alert(g.tone, f"Gate {g.text}") for g in gate_words(report)), *bad_news(report)])
     values = {
         "report": report,
-        "metric": metric,
-        "direction": metric_format(report, metric).direction,
         "chips": chips(report),
-        "alerts": bad_news(report),
+        "alerts": first,
+        "more": rest,
         "gates": gate_words(report),
         "synthetic": SYNTHETIC if report.totals.synthetic else "",
         "subtitle": subtitle(report),
@@ -87,26 +84,43 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         "speeds": [(speed_words(report, s), speed_bars(report, s)) for s in speeds(report) if s.ratio is not None],
         "tables": tables,
         "sections": sections,
-        "contents": contents(report, tables, sections),
-        "steps": step_changes(report, metric),
+        "contents": contents(report, tables, sections, bool(falls)),
+        "falls": falls,
         "notes": [(row, row_tags(report, row)) for row in report.rows if row.notes],
         "recipe": recipe_yaml(report),
+        "again": reproduce(report, folder),
+        "version": made_by(report),
     }
     return fill_template("report.html.j2", html_filters(), values)
 
 
-def contents(report: Report, tables: dict[str, Table], sections: Sequence[Section]) -> list[tuple[str, str]]:
+def first_screen(alerts: Sequence[Alert]) -> tuple[list[Alert], list[Alert]]:
+    """What stands on the first screen, worst first, and what is folded away behind it; bad news never is."""
+    order = ("bad", "caution", "neutral", "good")
+    known = sorted(alerts, key=lambda alert: order.index(alert.tone))
+    bad = sum(alert.tone == "bad" for alert in known)
+    shown = max(bad, SHOWN_ALERTS)
+    if len(known) == shown + 1:  # a fold for one line saves nothing
+        shown += 1
+    return known[:shown], known[shown:]
+
+
+def made_by(report: Report) -> str:
+    """The version that made the report, where it is recorded."""
+    versions = report.environment.get("versions")
+    return str(versions.get("mmcompress", "")) if isinstance(versions, dict) else ""
+
+
+def contents(report: Report, tables: dict[str, Table], sections: Sequence[Section], falls: bool) -> list[tuple[str, str]]:
     """(anchor, title) of the page's parts, in their order."""
     gained = any(s.ratio is not None for s in speeds(report))
     return [
         ("picture", "Size, speed and quality"),
+        *([("steps", "What each step changed")] if falls else ()),
         *([("gain", "Where the speed came from")] if gained else ()),
-        *([("results", "Every model")] if "results" in tables else ()),
-        *([("steps", "What each step changed")] if len({row.step for row in report.rows}) > 1 else ()),
         *((s.anchor, s.title) for s in sections),
-        *((key, title) for key, title in AFTER.items() if key in tables),
+        *((key, title) for key, title in AFTER.items() if ("cost" if key == "done" else key) in tables),
         ("gates", "Gates"),
-        *([("done", "What each step cost and did")] if "cost" in tables else ()),
         ("recipe", "Recipe"),
         ("again", "How to reproduce"),
         ("how", "How it was measured"),
@@ -159,7 +173,7 @@ def _picture(report: Report, rows: list[Row], fmt: MetricFormat, batch: str, x_l
             paths.append(path)
     facts = "; ".join(p.tip for p in points)
     axes = Axes(f"{fmt.name} against {x_label}", facts, x_label, axis_name(fmt), higher_is_better=fmt.higher_is_better)
-    return scatter(points, axes, "picture-latency" if batch else "picture-disk", paths)
+    return scatter(points, axes, "picture-latency" if batch else "picture-disk", paths, front=True)
 
 
 def axis_name(fmt: MetricFormat) -> str:
@@ -226,67 +240,3 @@ def speed_bars(report: Report, speed: Speed) -> list[Bar]:
         )
         before = p50
     return bars
-
-
-def step_changes(report: Report, metric: str) -> list[StepChange]:
-    """What each step changed; a step in several runtimes is shown in torch, or else in the first it was measured in."""
-    shown: dict[str, Row] = {}
-    for row in report.rows:
-        if row.step not in shown or (row.runtime == "torch" and shown[row.step].runtime != "torch"):
-            shown[row.step] = row
-    final = final_row(report)
-    if final is not None:
-        shown[final.step] = final
-    span = change_span(
-        [row.change[metric] for row in shown.values() if metric in row.change],
-        final.change.get(metric) if final else None,
-    )
-    largest = max((row.disk_bytes for row in shown.values()), default=0)
-    found: list[StepChange] = []
-    before: Row | None = None
-    for row in shown.values():
-        found.append(_step_change(report, row, before, metric, span, largest))
-        if not row.rolled_back:
-            before = row  # a step that was undone is nothing to build on
-    return found
-
-
-def change_span(changes: Sequence[Change], main: Change | None) -> tuple[float, float]:
-    """The axis for differences: zero, the final model's interval, and what lies not far outside.
-
-    A model right after a cut may be so far off that it would squeeze all other rows to a point; it is put at the edge.
-    """
-    low, high = min(main.low if main else 0.0, 0.0), max(main.high if main else 0.0, 0.0)
-    reach = 2.5 * (high - low)
-    near = [c for c in changes if not main or low - reach <= c.difference <= high + reach]
-    return min([low, *(c.low for c in near)]), max([high, *(c.high for c in near)])
-
-
-def _step_change(
-    report: Report, row: Row, before: Row | None, metric: str, span: tuple[float, float], largest: int
-) -> StepChange:
-    counts, sizes = count_scale(r.parameters for r in report.rows), bytes_scale(r.disk_bytes for r in report.rows)
-    fmt = metric_format(report, metric)
-    change, quality = row.change.get(metric), row.quality.get(metric)
-    last = before.change.get(metric) if before else None
-    start = last.difference if last else 0.0 if before is not None and before is baseline_row(report) else None
-    bar = Markup("")
-    small: tuple[str, ...] = ()
-    if change:
-        bar = interval_bar(change.low, change.difference, change.high, span, start, fmt.higher_is_better)
-        if start is not None:
-            small = (f"{fmt.signed(change.difference - start)} {fmt.unit} by this step".replace("  ", " "),)
-    tone = {"worse": "bad", "better": "good"}.get(change.verdict, "") if change else ""
-    return StepChange(
-        step=Cell(row.step, tags=row_tags(report, row)),
-        runtime=RUNTIMES[row.runtime],
-        parameters=Cell(counts(row.parameters), _by_step(row.parameters, before.parameters if before else None)),
-        disk=Cell(sizes(row.disk_bytes), _by_step(row.disk_bytes, before.disk_bytes if before else None)),
-        disk_bar=value_bar(row.disk_bytes, largest, before.disk_bytes if before else None, SERIES[row.runtime]),
-        quality=Cell(fmt.value(quality.value) if quality else MISSING, small, tone),
-        quality_bar=bar,
-    )
-
-
-def _by_step(value: int, before: int | None) -> tuple[str, ...]:
-    return (smaller(value / before, "less", "more"),) if before else ()

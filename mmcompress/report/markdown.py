@@ -39,6 +39,7 @@ from mmcompress.report.sections import all_sections
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 from mmcompress.report.views import escape_markdown, fence, markdown_table
+from mmcompress.report.waterfall import row_tags
 
 WORST = 5
 
@@ -84,16 +85,6 @@ def _title(report: Report, metric: str) -> str:
     """The metric's name, and its direction where it is not the one that readers take for granted."""
     direction = metric_format(report, metric).direction
     return f"{metric} ({direction})" if direction else metric
-
-
-def row_tags(report: Report, row: Row) -> tuple[str, ...]:
-    """What must be said about a row beside its name."""
-    tags = []
-    if row is final_row(report) and row.step != BASELINE:
-        tags.append("final" if report.totals.finished else "last so far")
-    if row.rolled_back:
-        tags.append("rolled back")
-    return tuple(tags)
 
 
 def _ratio_cell(scale: Scale, value: int | None, before: int | None, is_baseline: bool = False, bad: float = 1.02) -> Cell:

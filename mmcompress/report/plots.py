@@ -1,7 +1,7 @@
 """Pictures as inline SVG, drawn here so that they take the page's colours in light, dark and print.
 
 Text stays text, ids are counted up from a given key, and nothing depends on the clock: equal points give equal strings.
-Lengths are in the picture's own units; 480 of them span a phone's width, on which 13 units of text stay readable.
+Lengths are in the picture's own units; 400 of them span a phone's width, on which 13 units of text stay readable.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 480, 350
-LEFT, RIGHT, TOP, BOTTOM = 50, 16, 30, 44
+WIDTH, HEIGHT = 400, 310
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 28, 42
 LETTER, LINE = 7.0, 14.0
 """Width and height of a letter of a label, for finding room; a little more than the real ones."""
-LARGEST = 13.0
+LARGEST = 12.0
 """Radius of the largest bubble."""
 
 
@@ -89,7 +89,7 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     Args:
         key: makes the picture's ids unique on the page.
         paths: indices of points to be joined by a thin line.
-        front: whether the Pareto front is drawn, as steps.
+        front: whether the Pareto front is drawn, as steps, and what it leaves behind is dimmed.
     """
     if not points:
         return Markup("")
@@ -101,20 +101,21 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     room = 0.06 * (high - low)
     to_y, y_ticks = _axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
     off = {i for i, p in enumerate(points) if not low <= p.y <= high}
-    points = [_at_edge(p, low, high, axes) if i in off else p for i, p in enumerate(points)]
+    measured, points = points, [_at_edge(p, low, high, axes) if i in off else p for i, p in enumerate(points)]
     places = [(to_x(p.x), to_y(p.y), _radius(p, points)) for p in points]
     parts = [*_grid(axes, x_ticks, y_ticks, to_x, to_y)]
+    dim = set(range(len(points))) - set(pareto_front(measured, axes.higher_is_better)) if front else set()
     for path in paths:
         line = " ".join(f"{places[i][0]:.1f},{places[i][1]:.1f}" for i in path if i not in off)
         parts.append(Markup('<polyline class="path s{}" points="{}"/>').format(points[path[0]].series, line))
     if front:
-        parts.append(_front(points, places, axes.higher_is_better))
-    bars = [b for p in points for b in _bars(p, to_x, to_y)]
+        parts.append(_front(measured, places, axes.higher_is_better))
+    bars = [b for i, p in enumerate(points) for b in _bars(p, to_x, to_y, i in dim)]
     parts += [bar for bar, _ in bars]
     # Large bubbles first, so that small ones stay in sight.
     for i in sorted(range(len(points)), key=lambda i: -places[i][2]):
-        parts.append(_bubble(points[i], *places[i]))
-    parts += _labels(points, places, [box for _, box in bars])
+        parts.append(_bubble(points[i], *places[i], i in dim))
+    parts += _labels(points, places, [box for _, box in bars], axes.higher_is_better)
     return Markup(
         '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-desc">'
         '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>{}</svg>'
@@ -193,6 +194,8 @@ def _grid(
         Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(WIDTH - RIGHT, HEIGHT - 8, axes.x_label)
     )
     parts.append(Markup('<text class="name" x="{}" y="15">{}</text>').format(4, axes.y_label))
+    words, height = ("↖ better", TOP + 8) if axes.higher_is_better else ("↙ better", floor - 8)
+    parts.append(Markup('<text class="hint" x="{}" y="{}">{}</text>').format(LEFT + 6, height, words))
     return parts
 
 
@@ -207,16 +210,17 @@ def _front(points: Sequence[Point], places: Sequence[tuple[float, float, float]]
     return Markup('<polyline class="front" points="{}"/>').format(" ".join(corners))
 
 
-def _bars(point: Point, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> list[tuple[Markup, Box]]:
+def _bars(point: Point, to_x: Callable[[float], float], to_y: Callable[[float], float], dim: bool) -> list[tuple[Markup, Box]]:
     x, y = to_x(point.x), to_y(point.y)
     found: list[tuple[Markup, Box]] = []
-    shape = Markup('<line class="bar s{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    faded = " dim" if dim else ""
+    shape = Markup('<line class="bar s{}{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
     if point.y_interval:
         low, high = (to_y(v) for v in point.y_interval)
-        found.append((shape.format(point.series, x, x, low, high), (x - 1, high, x + 1, low)))
+        found.append((shape.format(point.series, faded, x, x, low, high), (x - 1, high, x + 1, low)))
     if point.x_interval:
         left, right = (min(to_x(v), WIDTH) for v in point.x_interval)
-        found.append((shape.format(point.series, left, right, y, y), (left, y - 1, right, y + 1)))
+        found.append((shape.format(point.series, faded, left, right, y, y), (left, y - 1, right, y + 1)))
     return found
 
 
@@ -234,18 +238,22 @@ def outline(shape: str, x: float, y: float, r: float) -> Markup:
     return Markup('circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}"').format(x, y, r)
 
 
-def _bubble(point: Point, x: float, y: float, r: float) -> Markup:
+def _bubble(point: Point, x: float, y: float, r: float, dim: bool) -> Markup:
     kind = "ghost" if point.ghost else "hollow" if point.hollow else "full"
-    return Markup('<{} class="dot {} s{}"><title>{}</title></{}>').format(
-        outline(point.shape, x, y, r), kind, point.series, point.tip or point.label,
+    return Markup('<{} class="dot {} s{}{}"><title>{}</title></{}>').format(
+        outline(point.shape, x, y, r), kind, point.series, " dim" if dim else "", point.tip or point.label,
         {"square": "rect", "diamond": "path"}.get(point.shape, "circle"),
     )  # fmt: skip
 
 
-def _labels(points: Sequence[Point], places: Sequence[tuple[float, float, float]], bars: Sequence[Box]) -> list[Markup]:
+def _labels(
+    points: Sequence[Point], places: Sequence[tuple[float, float, float]], bars: Sequence[Box], higher_is_better: bool
+) -> list[Markup]:
     """Puts each label where it covers least, the most important ones first."""
     taken: list[Box] = []
     circles = [(x - r, y - r, x + r, y + r) for x, y, r in places]
+    corner = TOP - 4 if higher_is_better else HEIGHT - BOTTOM - 20
+    circles.append((LEFT + 4, corner, LEFT + 64, corner + LINE))  # where the hint stands
     parts = []
     done: list[int] = []
     order = sorted(range(len(points)), key=lambda i: (not points[i].strong, not points[i].hollow, i))
@@ -333,7 +341,7 @@ def value_bar(value: float, full: float, before: float | None = None, series: in
                 before * scale, (value - before) * scale
             )
         )
-    return _inline(parts)
+    return _inline(parts, stretch=True)
 
 
 def interval_bar(
@@ -369,9 +377,10 @@ def interval_bar(
     return _inline(parts)
 
 
-def _inline(parts: Iterable[Markup]) -> Markup:
-    return Markup('<svg class="inline" viewBox="0 0 176 18" aria-hidden="true" focusable="false">{}</svg>').format(
-        Markup("").join(parts)
+def _inline(parts: Iterable[Markup], *, stretch: bool = False) -> Markup:
+    looks = Markup(' stretch" preserveAspectRatio="none') if stretch else ""
+    return Markup('<svg class="inline{}" viewBox="0 0 176 18" aria-hidden="true" focusable="false">{}</svg>').format(
+        looks, Markup("").join(parts)
     )
 
 

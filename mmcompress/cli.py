@@ -291,10 +291,11 @@ def compare(
     """Put several runs side by side."""
     with _quiet():
         from mmcompress.files import write_text
-        from mmcompress.report.compare import compare_reports, render_compare_html, render_compare_text
+        from mmcompress.report.compare import compare_reports, render_compare_text, short_names
+        from mmcompress.report.compare_page import render_compare_html
         from mmcompress.report.read import open_run
 
-        found = compare_reports([(str(folder), open_run(folder)) for folder in runs], runs)
+        found = compare_reports([(name, open_run(folder)) for name, folder in zip(short_names(runs), runs, strict=True)], runs)
         _print(render_compare_text(found))
         if output is not None:
             write_text(output, render_compare_html(found))

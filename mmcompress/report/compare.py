@@ -11,7 +11,6 @@ from typing import Any
 
 from mmcompress.errors import UserError
 from mmcompress.report.format import (
-    BASELINE,
     MISSING,
     RUNTIMES,
     SAME_SHARE,
@@ -21,26 +20,21 @@ from mmcompress.report.format import (
     bytes_scale,
     count_scale,
     faster,
-    fill_template,
     final_row,
     flat,
     metric_format,
     ms_scale,
     plain,
-    row_name,
     seconds_text,
     smaller,
     speed_verdict,
 )
-from mmcompress.report.html import SHAPES, axis_name
-from mmcompress.report.plots import Axes, Point, marker, pareto_front, scatter
+from mmcompress.report.paired import Scored, pair
 from mmcompress.report.schema import Report, Row
-from mmcompress.report.sections import Run, compared
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import WIDTH
-from mmcompress.report.views import html_filters, text_grid
+from mmcompress.report.views import text_grid, text_table
 
-PARTS = (("models", "Final models"), ("front", "What is worth choosing from"), ("words", "In their own words"))
 _CLOCK = ("date", "time", "started", "finished", "hostname", "host", "folder", "path", "pid", "uptime", "load")
 """Words in environment keys that differ from run to run and say nothing about speed."""
 DRIFT = 0.1
@@ -72,6 +66,7 @@ class Comparison:
     metric: str
     batches: tuple[str, ...]
     warnings: tuple[str, ...]
+    headline: str = ""
 
 
 def compare_reports(reports: list[tuple[str, Report]], folders: Sequence[Path | None] = ()) -> Comparison:
@@ -95,7 +90,41 @@ def compare_reports(reports: list[tuple[str, Report]], folders: Sequence[Path | 
     first = [reports[0][1].totals.metric, *reports[0][1].metrics, *sorted(measured[0])]
     metric = next((m for m in first if m and all(m in found for found in measured)), "")
     shared = tuple(b for b in batches(reports[0][1]) if all(b in batches(report) for _, report in reports))
-    return Comparison(tuple(entries), metric, shared, tuple(_warnings(entries, metric, shared)))
+    headline = _headline(entries, metric, shared)
+    return Comparison(tuple(entries), metric, shared, tuple(_warnings(entries, metric, shared)), headline)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _headline(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> str:
+    """Which run is the smallest, the fastest and the best, in one sentence."""
+    many = f"{len(entries)} run{'s' * (len(entries) != 1)} side by side: {', '.join(e.name for e in entries)}"
+    known = [(e, e.final) for e in entries if e.final is not None]
+    if len(entries) < 2 or len(known) < len(entries):
+        return many
+    smallest, size = min(((e, row.disk_bytes) for e, row in known), key=lambda item: item[1])
+    said = [(smallest.name, f"is the smallest ({bytes_scale([size])(size)})")]
+    if shared and all(shared[0] in row.latency_ms for _, row in known):
+        quickest, row = min(known, key=lambda item: item[1].latency_ms[shared[0]].p50)
+        time, others = row.latency_ms[shared[0]], [r.latency_ms[shared[0]] for e, r in known if e is not quickest]
+        if all(speed_verdict(other, time) == "faster" for other in others):
+            said.append((quickest.name, f"the fastest at batch {shared[0]} ({ms_scale([time.p50])(time.p50)})"))
+    words = ""
+    for i, (name, what) in enumerate(said):
+        words += f"{name} {what}" if i == 0 else f" and {what}" if name == said[0][0] else f", {name} {what}"
+    if metric and all(metric in row.quality for _, row in known):
+        fmt = metric_format(known[0][0].report, metric)
+        each = ", ".join(f"{fmt.value(row.quality[metric].value)} in {e.name}" for e, row in known)
+        words += f"; {metric} is {each}"
+    return f"Of {len(entries)} runs, {words}."
 
 
 def _warnings(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> list[str]:
@@ -194,7 +223,7 @@ def comparison_table(comparison: Comparison) -> Table:
             Cell(seconds_text(entry.report.totals.seconds) if entry.report.totals.seconds else MISSING),
         ]
         body.append(tuple(line))
-    note = "Intervals are 95%. Differences between runs are not paired: the examples of one are not matched to another's."
+    note = "Intervals are 95%. The differences here are each run's own, to its own baseline."
     return Table(
         "comparison",
         "Final models, each against its own baseline in PyTorch",
@@ -204,6 +233,51 @@ def comparison_table(comparison: Comparison) -> Table:
         words=(0, 1),
         note=note,
     )
+
+
+def differences_table(comparison: Comparison) -> Table | None:
+    """Every other run's final model against the first run's, on the same examples; None with a single run."""
+    if len(comparison.entries) < 2:
+        return None
+    first, *others = comparison.entries
+    body, reasons = [], []
+    for entry in others:
+        found = pair(_scored(first), _scored(entry))
+        if found.reason:
+            reasons.append(f"{entry.name} cannot be paired with {first.name}: {found.reason}.")
+        for metric, change in found.changes.items():
+            fmt = metric_format(entry.report, metric)
+            title = f"{metric} ({fmt.direction})" if fmt.direction else metric
+            tone = {"worse": "bad", "better": "good"}.get(change.verdict, "")
+            body.append(
+                (
+                    Cell(entry.name),
+                    Cell(title),
+                    Cell(fmt.change(change), tone=tone),
+                    Cell(fmt.change_interval(change)),
+                    Cell(f"{change.won:,}"),
+                    Cell(f"{change.lost:,}"),
+                    Cell(f"{change.n:,}"),
+                    Cell(change.verdict),
+                )
+            )
+        if found.left_out:
+            reasons.append(f"{', '.join(found.left_out)}: a number over all examples, not paired between runs.")
+    titles = ("Run", "Metric", "Difference", "95% interval", "Won", "Lost", "Examples", "Verdict")
+    note = f"Each run's final model minus {first.name}'s, paired on the same examples. " if body else ""
+    return Table(
+        "differences",
+        f"Against {first.name}, on the same examples" if body else f"Against {first.name}",
+        tuple(("", title) for title in titles),
+        tuple(body),
+        heads=1,
+        words=(0, 1, 7),
+        note=note + " ".join(dict.fromkeys(reasons)),
+    )
+
+
+def _scored(entry: Entry) -> Scored:
+    return Scored(entry.report, entry.baseline, entry.final, entry.folder)
 
 
 def _tags(entry: Entry) -> tuple[str, ...]:
@@ -248,70 +322,6 @@ def _gates(entry: Entry) -> Cell:
     return Cell(words or "none set", tone="bad" if counts[0][1] else "")
 
 
-def _pictures(comparison: Comparison) -> list[tuple[Any, str, str]]:
-    """(picture, caption, sentence about the front) against latency and against disk."""
-    found = []
-    batch = comparison.batches[0] if comparison.batches else ""
-    unit = bytes_scale(r.disk_bytes for e in comparison.entries for r in e.report.rows)
-    options: list[tuple[str, str, Callable[[Row], float | None]]] = [
-        (
-            "latency",
-            f"median latency at batch {batch}, ms",
-            lambda r: r.latency_ms[batch].p50 if batch in r.latency_ms else None,
-        ),
-        ("disk", f"disk, {unit.unit}", lambda r: r.disk_bytes / unit.divisor),
-    ]
-    for key, x_label, ask in options:
-        points = _points(comparison, ask)
-        if not comparison.metric or not points:
-            continue
-        fmt = metric_format(comparison.entries[0].report, comparison.metric)
-        axes = Axes(f"{fmt.name} against {x_label}, all runs", "; ".join(p.tip for p in points), x_label, axis_name(fmt),
-                    higher_is_better=fmt.higher_is_better)  # fmt: skip
-        best = "; ".join(points[i].tip for i in pareto_front(points, fmt.higher_is_better))
-        found.append((scatter(points, axes, f"compare-{key}", front=True), f"Beaten by no other model here: {best}.", key))
-    return found
-
-
-def _points(comparison: Comparison, ask: Callable[[Row], float | None]) -> list[Point]:
-    points = []
-    for i, entry in enumerate(comparison.entries):
-        fmt = metric_format(entry.report, comparison.metric)
-        scale = fmt.scale
-        for row in entry.report.rows:
-            quality, x = row.quality.get(comparison.metric), ask(row)
-            if quality is None or x is None:
-                continue
-            last = row is entry.final
-            points.append(Point(
-                x=x, y=quality.value * scale, label=entry.name if last else "", series=i % 8, shape=SHAPES[row.runtime],
-                y_interval=(quality.low * scale, quality.high * scale) if last or row is entry.baseline else None,
-                hollow=row.step == BASELINE, ghost=row.rolled_back, strong=last,
-                tip=f"{entry.name}, {row_name(row)}: {fmt.value(quality.value)} at {x:.3g}",
-            ))  # fmt: skip
-    return points
-
-
-def render_compare_html(comparison: Comparison) -> str:
-    """The comparison as one self-contained page."""
-    used = {row.runtime for e in comparison.entries for row in e.report.rows}
-    legend = [(marker("circle", i % 8), e.name) for i, e in enumerate(comparison.entries)]
-    legend += [(marker(SHAPES[r], 8), name) for r, name in RUNTIMES.items() if r in used]
-    legend.append((marker("circle", 8, "hollow"), "baseline (outline)"))
-    if any(row.rolled_back for e in comparison.entries for row in e.report.rows):
-        legend.append((marker("circle", 8, "ghost"), "rolled back (dashed)"))
-    sections = compared([Run(e.name, e.report, e.folder) for e in comparison.entries])
-    values = {
-        "comparison": comparison,
-        "table": comparison_table(comparison),
-        "pictures": _pictures(comparison),
-        "legend": legend,
-        "contents": [*PARTS[:2], *((s.anchor, s.title) for s in sections), *PARTS[2:]],
-        "sections": sections,
-    }
-    return fill_template("compare.html.j2", html_filters(), values)
-
-
 def render_compare_text(comparison: Comparison, width: int | None = None) -> str:
     """The comparison for a terminal.
 
@@ -323,7 +333,12 @@ def render_compare_text(comparison: Comparison, width: int | None = None) -> str
     spare = [i for i in show if table.columns[i][1].startswith("batch")][1:]
     while max(map(len, (text := _grid(table, show)).splitlines())) > width and spare:
         show.remove(spare.pop())
-    lines = [text, textwrap.fill(table.note, width)]
+    lines = [textwrap.fill(comparison.headline, width), text, textwrap.fill(table.note, width)]
+    between = differences_table(comparison)
+    if between is not None:
+        if between.rows:
+            lines.append(f"{between.caption}\n{text_table(between)}")
+        lines.append(textwrap.fill(between.note, width))
     if comparison.warnings:
         bullets = [
             textwrap.fill(w, width, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcompress.report.compare import compare_reports, render_compare_html
+from mmcompress.report.compare import compare_reports
+from mmcompress.report.compare_page import render_compare_html
 from mmcompress.report.html import render_html
 from tests.report import examples
 from tests.report.browser import Browser, browser_path

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from mmcompress.errors import UserError
-from mmcompress.report.compare import compare_reports, render_compare_html, render_compare_text
+from mmcompress.report.compare import compare_reports, render_compare_text
+from mmcompress.report.compare_page import render_compare_html
 from mmcompress.report.schema import Report
 from tests.report import examples
 from tests.report.test_report_html import Page

@@ -34,7 +34,9 @@ from mmcompress.recipe import Recipe, load_recipe, make_recipe, margins, resolve
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
 from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
+from mmcompress.report.schema_robustness import Robustness
 from mmcompress.report.write import write_report
+from mmcompress.robust import robustness_of_run
 from mmcompress.run_folder import STATE_FILE, STEP_FILE, TRAINING, clear, exclusive, write_final
 from mmcompress.runtimes.onnx_predict import component_files
 from mmcompress.steps import apply_step, follow, load_examples, step_names
@@ -128,6 +130,7 @@ class Chain:
         self.gates: list[GateResult] = []
         self.warnings: list[Warning_] = []
         self.model_class = ""
+        self.robustness: Robustness | None = None
         self.names = step_names(recipe)
         if fresh:
             clear(folder)
@@ -349,6 +352,7 @@ class Chain:
         at_end = [judge(gate, final, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss == "report"]
         self.gates += at_end
         write_final(self.folder, self.folder / "steps" / self.names[last])
+        self.robustness = robustness_of_run(self.recipe, self.folder, self.data, self.rows[0], final, self.reporter)
         report = self._write_report(final, finished=True)
         met = not stopped and all(g.verdict == "met" for g in at_end) and not any(row.rolled_back for row in self.rows)
         return RunResult(self.folder, report, met)
@@ -367,6 +371,7 @@ class Chain:
             rows=self.rows,
             gates=self.gates,
             warnings=self.warnings,
+            robustness=self.robustness,
             totals=totals(
                 self.rows,
                 name=self.recipe.name,

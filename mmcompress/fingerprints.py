@@ -19,7 +19,7 @@ def fingerprints(recipe: Recipe) -> dict[str, Any]:
         # os.path.isfile, unlike stat, takes links that lead nowhere as no file; loading says what is wrong with them.
         weights = sorted(p for p in where.glob("*.safetensors") if os.path.isfile(p))
         found[f"model {recipe.model}"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]
-    for which in ("train", "calibration", "eval"):
+    for which in ("train", "calibration", "eval", "ood"):
         source = getattr(recipe.data, which)
         if source is None or source.path is None:
             continue

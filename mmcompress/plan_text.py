@@ -10,6 +10,8 @@ from tabulate import tabulate
 from mmcompress.data.sources import is_local, load_source
 from mmcompress.plan import plan
 from mmcompress.recipe import Recipe, Source
+from mmcompress.robust import robustness_plan
+from mmcompress.steps import load_outside
 
 
 def render_plan(recipe: Recipe) -> str:
@@ -45,7 +47,7 @@ def render_plan(recipe: Recipe) -> str:
         limit = f"at most {gate.max_drop:g} points worse" if gate.max_drop is not None else f"at least {gate.min_value:g}"
         limit = limit if gate.max_value is None else f"at most {gate.max_value:g}"
         notes.append(f"gate: {gate.metric}, {limit} ({gate.on_miss})")
-    return "\n".join(notes)
+    return "\n".join([*notes, *robustness_plan(recipe)])
 
 
 def local_data(recipe: Recipe) -> dict[str, int]:
@@ -59,6 +61,13 @@ def local_data(recipe: Recipe) -> dict[str, int]:
         examples = load_source(source, which, recipe.seed)
         examples.need(recipe.task.roles, recipe.task.type)
         found[which] = len(examples)
+    ood = recipe.data.ood
+    if (
+        ood is not None
+        and ood.path is not None
+        and all(is_local(p) for p in ([ood.path] if isinstance(ood.path, str) else ood.path))
+    ):
+        found["ood"] = len(load_outside(recipe) or ())
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from mmcompress import processes
 from mmcompress.context import Context
-from mmcompress.data.examples import Examples
-from mmcompress.data.sources import load_data
+from mmcompress.data.examples import KINDS, Examples
+from mmcompress.data.sources import load_data, load_source
 from mmcompress.logs import silence_libraries
 from mmcompress.model import CompressedModel, load
 from mmcompress.progress import SILENT, Reporter
@@ -34,7 +34,21 @@ def load_examples(recipe: Recipe) -> dict[str, Examples]:
     data = load_data(recipe.data, recipe.seed)
     for examples in data.values():
         examples.narrow(recipe.task.roles, recipe.task.type, recipe.task.optional)
-    return data
+    outside = load_outside(recipe)
+    return data if outside is None else {**data, "ood": outside}
+
+
+def load_outside(recipe: Recipe) -> Examples | None:
+    """The media of ``data.ood``, or None where the recipe has none.
+
+    Raises:
+        DataError: it cannot be read, or has no column of the media that the task reads.
+    """
+    if recipe.data.ood is None:
+        return None
+    found = load_source(recipe.data.ood, "ood", recipe.seed)
+    found.narrow({role: what for role, what in recipe.task.roles.items() if role in KINDS}, recipe.task.type)
+    return found
 
 
 def apply_step(

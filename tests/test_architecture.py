@@ -44,6 +44,7 @@ LEVELS = [
         "listing",
         "doctor",
         "steps",
+        "robust",
         "run_folder",
     },
     {"cli"},

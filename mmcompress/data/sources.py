@@ -23,7 +23,7 @@ from mmcompress.recipe import Data, Source
 
 BUNDLED: Mapping[str, type[Synthetic[Any]]] = {"shapes": Shapes, "scenes": Scenes, "tones": Tones}
 """Synthetic data by name: called with a split, a count and a seed; roles are guessed from the rows' keys."""
-BUNDLED_SPLIT = {"train": "train", "calibration": "train", "eval": "test"}
+BUNDLED_SPLIT = {"train": "train", "calibration": "train", "eval": "test", "ood": "test"}
 BUNDLED_COUNT = {"train": 20_000, "validation": 1_000, "test": 2_000}
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
 
@@ -55,7 +55,7 @@ def load_source(source: Source, which: str, seed: int) -> Examples:
     """One split.
 
     Args:
-        which: ``train``, ``calibration`` or ``eval``; used in messages and as the default split of bundled data.
+        which: ``train``, ``calibration``, ``eval`` or ``ood``; used in messages and as the default split of bundled data.
     """
     paths = [source.path] if isinstance(source.path, str) else list(source.path or [])
     name = f"data.{which} ({', '.join(Path(p).name or p for p in paths)})"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmcompress.report.schema_robustness import Robustness
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -212,6 +214,7 @@ class Report(_Model):
     rows: list[Row] = Field(default_factory=list)
     gates: list[GateResult] = Field(default_factory=list)
     warnings: list[Warning_] = Field(default_factory=list)
+    robustness: Robustness | None = Field(None, description="The final model under conditions that it was not meant for.")
     totals: Totals
 
     def to_frame(self) -> pd.DataFrame:

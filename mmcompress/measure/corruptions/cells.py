@@ -65,8 +65,8 @@ def planned(settings: Robustness, task: Task) -> list[Cell]:
             found += [Cell("text", name, severity) for severity in ([0] if name in UNGRADED else severities)]
     if settings.modality:
         asks = task.text_role == "question"
-        # Where texts are only compared, all of them empty are one text, and nothing could be told from it.
-        found += [Cell("modality", "missing-media")] if asks or task.text_role == "text" else []
+        # Where embeddings are only compared, grey pictures are all one, as are empty texts: nothing could be told from it.
+        found += [Cell("modality", "missing-media")] if asks or "matching" in task.needs else []
         found += [Cell("modality", "shuffled-media")]
         found += [Cell("modality", name) for name in ("missing-text", "shuffled-text") if asks]
     return found

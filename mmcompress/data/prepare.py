@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmcompress.data.examples import Examples
+from mmcompress.data.traits import note
 from mmcompress.errors import DataError
 from mmcompress.processor import Processor
 
@@ -64,6 +65,7 @@ class _Prepared:
             try:
                 items.append(examples.media(i))
                 kept.append(i)
+                note(examples, i, items[-1])
             except DataError:
                 if not examples.skip_damaged:
                     raise

@@ -26,6 +26,7 @@ from mmcompress.measure.statistics import (
     ratio_statistics,
 )
 from mmcompress.report.schema import Change, ClassScore, Quality
+from mmcompress.tasks._observed import from_arrays, to_arrays
 from mmcompress.tasks.base import CorpusMetric, Scores
 
 
@@ -150,6 +151,8 @@ def save_scores(scores: Scores, path: Path) -> None:
     if scores.clusters is not None:
         arrays["clusters"] = np.unique(scores.clusters, return_inverse=True)[1]  # names of speakers are no numbers
     arrays |= {f"owner.{name}": values for name, values in scores.owners.items()}
+    if scores.seen is not None:
+        arrays |= to_arrays(scores.seen)
     save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path)
 
 
@@ -168,4 +171,5 @@ def load_scores(path: Path) -> Scores:
         kept=arrays.get("kept"),
         clusters=arrays.get("clusters"),
         owners=named("owner."),
+        seen=from_arrays(arrays),
     )

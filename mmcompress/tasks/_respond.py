@@ -20,6 +20,7 @@ from mmcompress.processor import Processor
 from mmcompress.progress import Reporter
 from mmcompress.runtimes.base import Predict
 from mmcompress.tasks._contrastive import media_of
+from mmcompress.tasks._watch import Watched
 
 IGNORED = -100
 """The label of positions where no loss falls."""
@@ -88,6 +89,7 @@ def answers(
     """The model's answer to every example whose picture or recording decodes.
 
     Args:
+        predict: what runs the components; a `Watched` is told which examples it sees.
         prompts_of_row: the prompt (a question) of a row; rows come without their media. None where the model takes none.
         max_new_tokens: where an answer without an end is cut off.
 
@@ -107,6 +109,8 @@ def answers(
             if prompts_of_row is not None:
                 prompts = [prompts_of_row(examples.without_media(i)) for i in rows]
             inputs = {name: values[part] for name, values in media.items()}
+            if isinstance(predict, Watched):
+                predict.batch(rows)
             found += family.respond(predict, processor, inputs, prompts, max_new_tokens)
     return np.concatenate(kept), found
 

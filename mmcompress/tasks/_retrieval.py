@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from mmcompress.tasks.base import DUAL_ENCODER_LOSSES, Scores, Task
+from mmcompress.tasks.base import DUAL_ENCODER_LOSSES, TOWERS, Scores, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,7 @@ class Retrieval(Task):
         import numpy as np
 
         from mmcompress.tasks._embed import embed_media, unit_mean_texts
+        from mmcompress.tasks._observed import Observed, alignment, kept_embeddings, nearest
 
         examples.need(self.roles, self.type)
         kept, media = embed_media(predict, processor, examples, reporter)
@@ -72,13 +73,28 @@ class Retrieval(Task):
         found: dict[str, np.ndarray] = {}
         # Texts of one picture stand or fall together; one that several share is counted with the first.
         owners = {f"text_to_{examples.kind}_r{k}": relevant.argmax(axis=0) for k in RANKS}
+        ranked: dict[str, np.ndarray] = {}
         for name, scores, right in (
             (f"{examples.kind}_to_text", similarity, relevant),
             (f"text_to_{examples.kind}", similarity.T, relevant.T),
         ):
             rank = best_rank(scores, right)
             found |= {f"{name}_r{k}": (rank < k).astype(np.float64) for k in RANKS}
-        return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept, owners=owners)
+            ranked[name] = nearest(scores)
+        matched, unmatched = alignment(similarity, relevant)
+        first = ranked[f"{examples.kind}_to_text"][:, 0]
+        seen = Observed(
+            index=kept,
+            right=found[f"{examples.kind}_to_text_r1"] == 1,
+            right_means="a right text is nearest, and no wrong one is as near",
+            answers=first,
+            said=[groups[i][0] for i in first],
+            ranked=ranked,
+            embeddings=kept_embeddings({TOWERS[examples.kind]: media, "text": texts_}),
+            matched=matched,
+            unmatched=unmatched,
+        )
+        return Scores(per_example=found, skipped=len(examples) - len(kept), kept=kept, owners=owners, seen=seen)
 
     def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray]:
         """All distinct texts, each by itself."""

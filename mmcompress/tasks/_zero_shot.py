@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import field_validator
 
-from mmcompress.tasks.base import DUAL_ENCODER_LOSSES, Scores, Task
+from mmcompress.tasks.base import DUAL_ENCODER_LOSSES, TOWERS, Scores, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,14 +61,31 @@ class ZeroShotClassification(Task):
         import numpy as np
 
         from mmcompress.tasks._embed import embed_media, unit_mean_texts
+        from mmcompress.tasks._observed import Observed, alignment, kept_embeddings, kept_logits
 
         examples.need(self.roles, self.type)
         classes = examples.classes or []
         anchors = unit_mean_texts(predict, processor, self._prompts(classes))
         kept, media = embed_media(predict, processor, examples, reporter)
         labels = np.asarray(examples.labels())[kept]
-        ranked = np.argsort(-(media @ anchors.T), axis=1, kind="stable")
+        cosines = media @ anchors.T
+        ranked = np.argsort(-cosines, axis=1, kind="stable")
         right = ranked == labels[:, None]
+        logits, logit_rows = kept_logits(cosines)
+        matched, unmatched = alignment(cosines, labels[:, None] == np.arange(len(classes)))
+        seen = Observed(
+            index=kept,
+            right=right[:, 0],
+            right_means="the nearest class is the true one",
+            answers=ranked[:, 0],
+            names=classes,
+            truth=labels,
+            logits=logits,
+            logit_rows=logit_rows,
+            embeddings=kept_embeddings({TOWERS[examples.kind]: media, "text": anchors}),
+            matched=matched,
+            unmatched=unmatched,
+        )
         return Scores(
             per_example={
                 "accuracy": right[:, 0].astype(np.float64),
@@ -78,6 +95,7 @@ class ZeroShotClassification(Task):
             classes=per_class(labels, ranked[:, 0], classes),
             skipped=len(examples) - len(kept),
             kept=kept,
+            seen=seen,
         )
 
     def candidates(self, examples: Examples) -> tuple[list[list[str]], np.ndarray]:

@@ -94,12 +94,15 @@ class AutomaticSpeechRecognition(Task):
         import numpy as np
 
         from mmcompress.data.groups import group_numbers
+        from mmcompress.tasks._observed import of_answers
         from mmcompress.tasks._respond import answers, fingerprints
+        from mmcompress.tasks._watch import Watched
 
         examples.need(self.roles, self.type, self.optional)
         language = self.language
         ask = None if language is None else (lambda row: language)
-        kept, said = answers(predict, processor, examples, reporter, ask, self.max_new_tokens)
+        watched = Watched(predict, len(examples))
+        kept, said = answers(watched, processor, examples, reporter, ask, self.max_new_tokens)
         skipped = len(examples) - len(kept)
         rows = [examples.without_media(int(i)) for i in kept]
         clean = normaliser(self.normalizer, self.language, processor)
@@ -111,6 +114,8 @@ class AutomaticSpeechRecognition(Task):
             reporter.say(f"{len(wanted) - len(scored)} transcripts have no words after normalisation and are not scored")
         wanted, found = [wanted[i] for i in scored], [found[i] for i in scored]
         word_errors, words, letter_errors, letters = edits(wanted, found)
+        seen = of_answers(kept[scored], found, word_errors == 0, "every word right")
+        seen.embeddings = watched.embeddings()
         return Scores(
             per_example={
                 "wer": word_errors / words,
@@ -122,6 +127,7 @@ class AutomaticSpeechRecognition(Task):
             answers=fingerprints(found),
             skipped=skipped,
             kept=kept[scored],
+            seen=seen,
         )
 
 

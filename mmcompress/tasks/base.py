@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from mmcompress.processor import Processor
     from mmcompress.progress import Reporter
     from mmcompress.runtimes.base import Predict
+    from mmcompress.tasks._observed import Observed
 
 
+TOWERS: Mapping[str, str] = MappingProxyType({"image": "vision", "audio": "audio"})
+"""For each kind of media the tower of a dual encoder that takes it."""
 # CLIP-KD's weight of features is 2000 on a mean over D numbers, which is 4 on our sum at its D of 512.
 DUAL_ENCODER_LOSSES: Mapping[str, float] = MappingProxyType({"task": 1.0, "affinity": 1.0, "feature": 4.0})
 # Distil-Whisper's weights (Gandhi et al. 2023, arXiv 2311.00430, section 4): cross-entropy 1, KL 0.8.
@@ -63,6 +66,7 @@ class Scores:
         weights: for metrics that are no plain mean, such as WER over a corpus, how much each example counts, shape (N,): the
             metric is the weighted mean of what the examples contribute.
         corpus: metrics that are no mean at all.
+        seen: what the model said of each example, for what compression changes underneath.
     """
 
     per_example: dict[str, np.ndarray]
@@ -74,6 +78,7 @@ class Scores:
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     corpus: dict[str, CorpusMetric] = field(default_factory=dict)
     owners: dict[str, np.ndarray] = field(default_factory=dict)
+    seen: Observed | None = None
 
     def clusters_of(self, metric: str) -> np.ndarray | None:
         """What stands or falls together among the values of a metric; None where all stand alone."""

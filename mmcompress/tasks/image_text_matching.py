@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmcompress.processor import Processor
     from mmcompress.progress import Reporter
     from mmcompress.runtimes.base import Predict
+    from mmcompress.tasks._observed import Observed
 
 
 class ImageTextMatching(Task):
@@ -83,6 +84,7 @@ class ImageTextMatching(Task):
         from mmcompress.data.prepare import prepared
         from mmcompress.measure.matching import accuracy, auroc
         from mmcompress.tasks._respond import AT_ONCE, family_of
+        from mmcompress.tasks._watch import Watched
 
         if self.pairs == "labelled":
             self._check_labels(examples)
@@ -91,15 +93,17 @@ class ImageTextMatching(Task):
         columns = self._columns(rows, examples.name)
         kept: list[np.ndarray] = []
         found: list[list[np.ndarray]] = [[] for _ in columns]
+        watched = Watched(predict, len(examples))
         blocks = reporter.track(prepared(examples, processor), f"scoring ({predict.runtime})", prepared.total(examples))
         for indices, media in blocks:
             kept.append(indices)
             for start in range(0, len(indices), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 inputs = {name: values[part] for name, values in media.items()}
+                watched.batch(indices[part].tolist())
                 for texts, said in zip(columns, found, strict=True):
                     own = [texts[i] for i in indices[part]]
-                    said.append(family_of(processor).match(predict, processor, inputs, own))
+                    said.append(family_of(processor).match(watched, processor, inputs, own))
         used = np.concatenate(kept)
         if self.pairs == "labelled":
             labels = np.array([int(rows[i]["label"]) for i in used])
@@ -117,7 +121,10 @@ class ImageTextMatching(Task):
             name: values.reshape(len(columns), len(used)).mean(axis=0)
             for name, values in (("accuracy", accuracy(chance, labels)), ("auroc", auroc(chance, labels)))
         }
-        return Scores(scores, skipped=len(examples) - len(used), kept=used)
+        asked = [texts[i] for texts in columns for i in used]
+        seen = judged(np.tile(used, len(columns)), chance, labels, asked)
+        seen.embeddings = watched.embeddings()
+        return Scores(scores, skipped=len(examples) - len(used), kept=used, seen=seen)
 
     def _check_labels(self, examples: Examples) -> None:
         examples.need(self.roles, self.type)
@@ -148,6 +155,37 @@ class ImageTextMatching(Task):
                 pass
             drawn.append(other)
         return [fitting, drawn]
+
+
+def judged(index: np.ndarray, chance: np.ndarray, labels: np.ndarray, asked: list[str]) -> Observed:
+    """What a model said of pairs, from the probability that they fit, 0 to 1.
+
+    Args:
+        index: (N pairs,), the example of each.
+        chance: (N pairs,).
+        labels: (N pairs,), 1 for a pair that fits.
+        asked: the text of each.
+    """
+    import numpy as np
+
+    from mmcompress.tasks._observed import Observed, kept_logits
+
+    answers, truth = (chance >= 0.5).astype(np.int64), labels.astype(np.int64)
+    # A probability of exactly 0 or 1 is one that float32 rounded.
+    certain = np.clip(chance.astype(np.float64), 1e-7, 1 - 1e-7)
+    logits, rows = kept_logits(np.log(np.stack([1 - certain, certain], axis=1)))
+    return Observed(
+        index=index,
+        right=answers == truth,
+        right_means="the probability of a fit is on the right side of one half",
+        answers=answers,
+        names=["does not fit", "fits"],
+        truth=truth,
+        asked=asked,
+        logits=logits,
+        logit_rows=rows,
+        scale=1.0,
+    )
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

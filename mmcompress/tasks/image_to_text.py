@@ -61,18 +61,25 @@ class ImageToText(Task):
     def evaluate(self, predict: Predict, processor: Processor, examples: Examples, reporter: Reporter) -> Scores:
         """Greedy captions of all pictures against all of their references."""
         from mmcompress.measure.captioning import bleu_of_sums, bleu_statistics, cider, exact_match
+        from mmcompress.tasks._observed import of_answers
         from mmcompress.tasks._respond import answers, fingerprints
+        from mmcompress.tasks._watch import Watched
 
         examples.need(self.roles, self.type)
         ask = (lambda row: self.prompt) if self.prompt else None
-        kept, said = answers(predict, processor, examples, reporter, ask, self.max_new_tokens)
+        watched = Watched(predict, len(examples))
+        kept, said = answers(watched, processor, examples, reporter, ask, self.max_new_tokens)
         right = [references(examples.without_media(int(i))) for i in kept]
+        same = exact_match(said, right)
+        seen = of_answers(kept, said, same == 1, "the words of one of the references")
+        seen.embeddings = watched.embeddings()
         return Scores(
-            {"cider": cider(said, right), "exact_match": exact_match(said, right)},
+            {"cider": cider(said, right), "exact_match": same},
             corpus={"bleu4": CorpusMetric(bleu_statistics(said, right), bleu_of_sums)},
             answers=fingerprints(said),
             skipped=len(examples) - len(kept),
             kept=kept,
+            seen=seen,
         )
 
     def _prompts(self, count: int) -> list[str] | None:

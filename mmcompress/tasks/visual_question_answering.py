@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LOOKED_AT = 1000
 """How many training examples are looked through for answers that the model cannot give."""
 
+HALF = 0.5
+"""The VQA accuracy from which on an answer counts as right where answers are either right or wrong."""
+
 _told: weakref.WeakSet[Examples] = weakref.WeakSet()
 log = logging.getLogger(__name__)
 
@@ -83,10 +86,13 @@ class VisualQuestionAnswering(Task):
         import numpy as np
 
         from mmcompress.data.answers import agreement, is_most_frequent, normalise
+        from mmcompress.tasks._observed import of_answers
         from mmcompress.tasks._respond import answers, fingerprints
+        from mmcompress.tasks._watch import Watched
 
         examples.need(self.roles, self.type)
-        kept, said = answers(predict, processor, examples, reporter, self.asked, self.max_new_tokens)
+        watched = Watched(predict, len(examples))
+        kept, said = answers(watched, processor, examples, reporter, self.asked, self.max_new_tokens)
         right = [references(examples.without_media(int(i))) for i in kept]
         if examples not in _told:
             _told.add(examples)
@@ -96,8 +102,11 @@ class VisualQuestionAnswering(Task):
             "vqa_accuracy": np.array([agreement(answer, known) for answer, known in pairs]),
             "exact_match": np.array([is_most_frequent(answer, known) for answer, known in pairs], dtype=np.float64),
         }
-        numbers = fingerprints([normalise(answer) for answer in said])
-        return Scores(found, answers=numbers, skipped=len(examples) - len(kept), kept=kept)
+        clean = [normalise(answer) for answer in said]
+        seen = of_answers(kept, clean, found["vqa_accuracy"] >= HALF, "at least half of the VQA accuracy")
+        seen.embeddings = watched.embeddings()
+        # Questions about one picture stand or fall together, but which are is not known here: rows hold no picture's id.
+        return Scores(found, answers=fingerprints(clean), skipped=len(examples) - len(kept), kept=kept, seen=seen)
 
     def asked(self, row: dict[str, Any]) -> str:
         """What the model reads for a row."""

@@ -25,8 +25,10 @@ from mmcompress.errors import UserError
 from mmcompress.files import disk_error, folder_bytes, is_full_disk, write_json, write_text, writing_folder
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
+from mmcompress.measure.gallery import keep_media
 from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.rows import Meter, export_float
+from mmcompress.measure.slicing import check_columns
 from mmcompress.model import CompressedModel, load
 from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
@@ -141,6 +143,7 @@ class Chain:
         data = load_examples(self.recipe)
         for which, examples in data.items():
             log.info("%s: %d examples", which, len(examples))
+        check_columns(data["eval"], self.recipe.report.slices or [])
         self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter, margins=margins(self.recipe))
         self._look_for_leaks(data)
         self._look_for_numbers(data)
@@ -382,6 +385,7 @@ class Chain:
                 lower_is_better=self.recipe.task.lower_is_better,
             ),
         )
+        keep_media(final.behaviour, self.data["eval"], self.folder)
         write_report(report, self.folder)
         return report
 

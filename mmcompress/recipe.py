@@ -155,6 +155,11 @@ class ReportSettings(_Strict):
         description="The loss of quality that is taken as harmless where no gate with max_drop says so, in points: a difference "
         "whose whole 95% interval lies above it is called no worse.",
     )
+    slices: list[str] | None = Field(
+        None,
+        description="Columns of `data.eval` that quality is compared in slices of. Where left out: all of texts or whole numbers "
+        "with 2 to 20 different values, and the speaker. Classes, sizes, brightness, loudness and lengths are always looked at.",
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
     )

@@ -31,7 +31,7 @@ def log_probabilities(seen: Observed) -> np.ndarray | None:
 def kl(baseline: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Each item's Kullback-Leibler divergence of the new model's answers from the baseline's, in nats, (L,); both (L, C) logs."""
     found: np.ndarray = (np.exp(baseline) * (baseline - new)).sum(axis=1)
-    return np.maximum(found, 0.0)
+    return found.clip(min=0.0)
 
 
 def top_k_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:

@@ -9,11 +9,11 @@ Shapes: N examples, C classes, B bins, R resamples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+
+from mmcompress.report.schema_behaviour import Calibration, CalibrationNumbers, Estimate, ReliabilityBin
 
 BINS = 15
 RESAMPLES = 1_999
@@ -21,17 +21,6 @@ TEMPERATURES = (0.01, 100.0)
 """Between these a temperature is looked for."""
 FEWEST_TO_FIT = 40
 """With fewer examples half of them say too little of a temperature."""
-
-
-@dataclass(frozen=True, eq=False)
-class Bin:
-    """One bar of a reliability diagram: the mean confidence and accuracy of the ``n`` examples in it, NaN where it is empty."""
-
-    low: float
-    high: float
-    confidence: float
-    accuracy: float
-    n: int
 
 
 def confidence_and_right(log_probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,14 +73,16 @@ def negative_log_likelihood(log_probabilities: np.ndarray, labels: np.ndarray) -
     return found
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[ReliabilityBin]:
     """The bars of a reliability diagram, with bins of equal width."""
     number = equal_width(confidence, bins)
-    n = np.bincount(number, minlength=bins)
-    some = np.maximum(n, 1)
-    mean = np.where(n > 0, np.bincount(number, weights=confidence, minlength=bins) / some, np.nan)
-    hit = np.where(n > 0, np.bincount(number, weights=right, minlength=bins) / some, np.nan)
-    return [Bin(i / bins, (i + 1) / bins, float(mean[i]), float(hit[i]), int(n[i])) for i in range(bins)]
+    found = []
+    for i in range(bins):
+        own = number == i
+        n = int(own.sum())
+        mean, hit = (float(confidence[own].mean()), float(right[own].mean())) if n else (None, None)
+        found.append(ReliabilityBin(low=i / bins, high=(i + 1) / bins, n=n, confidence=mean, accuracy=hit))
+    return found
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -140,24 +131,115 @@ def unavoidable_error(confidence: np.ndarray, number: np.ndarray, rounds: int = 
     return float(np.mean(found))
 
 
-def bin_gaps(confidence: np.ndarray, right: np.ndarray, number: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Confidence less correctness in the column of each example's bin, (N, B): what a bootstrap of the error sums up."""
-    found = np.zeros((len(confidence), bins))
-    found[np.arange(len(confidence)), number] = confidence - right
-    return found
-
-
-def error_of_sums(sums: np.ndarray, n: int) -> np.ndarray:
-    """The calibration error from sums of ``bin_gaps`` over resamples of ``n`` examples: (R, B) to (R,)."""
-    found: np.ndarray = np.abs(sums).sum(axis=1) / n
-    return found
-
-
 def centred_interval(value: float, resampled: np.ndarray, floor: float = -np.inf) -> tuple[float, float]:
     """The 95% basic bootstrap interval (Davison & Hinkley 1997, section 5.2): the percentiles mirrored at the value.
 
     Calibration errors are biased upwards, of resamples as of the sample itself; the mirroring takes that bias out, where
-    percentiles would double it.
+    percentiles would double it. Where the value itself would lie outside, the interval is widened to hold it.
     """
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return max(floor, float(2 * value - high)), max(floor, float(2 * value - low))
+    return max(floor, min(value, float(2 * value - high))), max(value, float(2 * value - low))
+
+
+class _Model:
+    """The numbers of one set of probabilities, and what a bootstrap sums of each example: columns (N, 3 + 2 B)."""
+
+    def __init__(self, logs: np.ndarray, labels: np.ndarray) -> None:
+        self.confidence, self.right = confidence_and_right(logs, labels)
+        self.n = len(labels)
+        gap = self.confidence - self.right
+        each = [gap, brier(logs, labels), negative_log_likelihood(logs, labels)]
+        self.bins = (equal_width(self.confidence), equal_mass(self.confidence))
+        # The bins stay where the examples put them; only who is drawn varies.
+        spread = [np.zeros((self.n, BINS)), np.zeros((self.n, BINS))]
+        for columns, number in zip(spread, self.bins, strict=True):
+            columns[np.arange(self.n), number] = gap
+        self.columns = np.concatenate([np.stack(each, axis=1), *spread], axis=1)
+
+    def values(self, sums: np.ndarray, n: np.ndarray) -> dict[str, np.ndarray]:
+        """All numbers from sums of ``columns``, (R, 3 + 2 B), over ``n`` examples, (R,)."""
+        found = {name: sums[:, i] / n for i, name in enumerate(("over_confidence", "brier", "nll"))}
+        found["ece"] = np.abs(sums[:, 3 : 3 + BINS]).sum(axis=1) / n
+        found["ece_adaptive"] = np.abs(sums[:, 3 + BINS :]).sum(axis=1) / n
+        return found
+
+    def own(self) -> dict[str, float]:
+        """The numbers themselves."""
+        all_of_them = self.values(self.columns.sum(axis=0, keepdims=True), np.array([self.n]))
+        return {name: float(values[0]) for name, values in all_of_them.items()}
+
+
+FLOORS = {"over_confidence": -1.0, "brier": 0.0, "nll": 0.0, "ece": 0.0, "ece_adaptive": 0.0}
+
+
+def calibration(
+    logits: np.ndarray, labels: np.ndarray, baseline: np.ndarray | None = None, clusters: np.ndarray | None = None
+) -> Calibration:
+    """All of it, with intervals from one bootstrap that is paired with the baseline's.
+
+    The intervals after refitting take the two temperatures as given. The bias of the calibration error is larger the smaller the
+    error: against a well calibrated baseline its change is understated.
+
+    Args:
+        logits: (N, C), with the model's own scale.
+        labels: (N,), the true classes.
+        baseline: (N, C), the baseline's logits on the same examples.
+        clusters: (N,), which examples are drawn together.
+    """
+    logs = log_softmax(logits, axis=1)
+    models = {"own": _Model(logs, labels)}
+    temperatures: tuple[float, ...] = ()
+    if len(labels) >= FEWEST_TO_FIT:
+        after, temperatures = refitted(logits, labels)
+        models["refitted"] = _Model(after, labels)
+    if baseline is not None:
+        models["baseline"] = _Model(log_softmax(baseline, axis=1), labels)
+    sums, n = resampled(np.concatenate([model.columns for model in models.values()], axis=1), clusters)
+    width = 3 + 2 * BINS
+    drawn = {name: model.values(sums[:, i * width : (i + 1) * width], n) for i, (name, model) in enumerate(models.items())}
+    own = models["own"]
+    changes = {}
+    if baseline is not None:
+        now, before = own.own(), models["baseline"].own()
+        for name in FLOORS:
+            value = now[name] - before[name]
+            low, high = centred_interval(value, drawn["own"][name] - drawn["baseline"][name])
+            changes[name] = Estimate(value=value, low=low, high=high, n=own.n)
+    return Calibration(
+        n=own.n,
+        classes=logits.shape[1],
+        accuracy=float(own.right.mean()),
+        confidence=float(own.confidence.mean()),
+        as_it_is=_numbers(own, drawn["own"]),
+        ece_if_calibrated=unavoidable_error(own.confidence, own.bins[0]),
+        temperatures=list(temperatures),
+        refitted=_numbers(models["refitted"], drawn["refitted"]) if temperatures else None,
+        changes=changes,
+    )
+
+
+def _numbers(model: _Model, drawn: dict[str, np.ndarray]) -> CalibrationNumbers:
+    found = {}
+    for name, value in model.own().items():
+        low, high = centred_interval(value, drawn[name], FLOORS[name])
+        found[name] = Estimate(value=value, low=low, high=high, n=model.n)
+    return CalibrationNumbers(**found, bins=reliability(model.confidence, model.right))
+
+
+def resampled(columns: np.ndarray, clusters: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of columns (N, K) over 1,999 resamples of the examples or clusters, (R, K), and how many examples each holds, (R,)."""
+    columns = np.concatenate([columns, np.ones((len(columns), 1))], axis=1)
+    if clusters is not None:
+        number = np.unique(clusters, return_inverse=True)[1].reshape(-1)
+        together = np.zeros((int(number.max()) + 1, columns.shape[1]))
+        np.add.at(together, number, columns)
+        columns = together
+    rng, n = np.random.default_rng(0), len(columns)
+    at_once = max(1, 4_000_000 // n)
+    found = []
+    for start in range(0, RESAMPLES, at_once):
+        rounds = min(at_once, RESAMPLES - start)
+        drawn = rng.integers(0, n, size=(rounds, n)) + n * np.arange(rounds)[:, None]
+        found.append(np.bincount(drawn.ravel(), minlength=rounds * n).reshape(rounds, n) @ columns)
+    sums = np.concatenate(found)
+    return sums[:, :-1], sums[:, -1]

@@ -17,7 +17,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = a.astype(np.float64), b.astype(np.float64)
     length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     found: np.ndarray = np.where(length > 0, (a * b).sum(axis=1) / np.where(length > 0, length, 1.0), 0.0)
-    return np.clip(found, -1.0, 1.0)
+    return found.clip(-1.0, 1.0)
 
 
 def linear_cka(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
@@ -39,7 +39,7 @@ def linear_cka(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     groups = min(GROUPS, len(a) // 2)
     parts = [_sums(x, y) for x, y in zip(np.array_split(a, max(groups, 1)), np.array_split(b, max(groups, 1)), strict=True)]
-    total = [sum(part[i] for part in parts) for i in range(6)]
+    total = [np.sum([part[i] for part in parts], axis=0) for i in range(6)]
     value = _cka(total)
     if groups < 2 or not np.isfinite(value):
         return value, np.nan, np.nan

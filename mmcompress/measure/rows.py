@@ -14,6 +14,7 @@ from mmcompress.data.prepare import WORDS, prepared, prepared_rows
 from mmcompress.errors import DataError, ModelError
 from mmcompress.families.base import NEW_TOKENS, Arrays
 from mmcompress.measure import latency, quality, size
+from mmcompress.measure.behaviour import behaviour, know_scale
 from mmcompress.measure.clusters import clustered, clusters_note
 from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
@@ -122,6 +123,7 @@ class Meter:
 
     def _score(self, row: Row, predict: Predict, model: CompressedModel) -> None:
         scores = clustered(self.task.evaluate(predict, model.processor, self.examples, self.reporter), self.examples)
+        know_scale(scores, model)
         self.scores[f"{row.step}.{row.runtime}"] = scores
         row.quality = quality.qualities(scores)
         row.classes = quality.class_scores(scores)
@@ -129,6 +131,7 @@ class Meter:
             row.change = quality.changes(scores, self.baseline, self.task.lower_is_better, self.margins, self.settings.margin)
         elif note := clusters_note(scores, self.examples):
             row.notes.append(note)
+        row.behaviour = behaviour(scores, self.baseline, self.task, self.examples, self.settings.slices)
         if scores.skipped:
             what = WORDS[self.examples.kind]
             row.notes.append(f"{scores.skipped} of {len(self.examples)} examples were skipped: their {what} does not decode.")

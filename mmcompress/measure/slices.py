@@ -25,9 +25,7 @@ MORE_DRAWS = 199_999
 FEW_KINDS = 8
 
 
-def worst_slices(
-    scores: Scores, baseline: Scores, metric: str, lower_is_better: bool, found: list[Group]
-) -> Slices | None:
+def worst_slices(scores: Scores, baseline: Scores, metric: str, lower_is_better: bool, found: list[Group]) -> Slices | None:
     """The five slices with the largest loss, and all that lost clearly more than the rest of the examples did.
 
     Each slice of at least 20 examples is tested one-sided for having lost more than the others; the p-values are adjusted by

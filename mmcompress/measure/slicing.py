@@ -5,6 +5,7 @@ Shapes: N examples that were scored.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,10 @@ class Group:
     members: np.ndarray
 
 
+_made: weakref.WeakKeyDictionary[Examples, tuple[Any, list[Group]]] = weakref.WeakKeyDictionary()
+"""Every model of a run is looked at in the same slices."""
+
+
 def check_columns(examples: Examples, names: Sequence[str]) -> None:
     """Checks that the data has the columns that the recipe wants slices of, with few enough values.
 
@@ -61,7 +66,8 @@ def check_columns(examples: Examples, names: Sequence[str]) -> None:
         if not 2 <= many <= MOST_NAMED:
             found = "media or lists" if values is None else f"{many:,} different values"
             raise DataError(
-                f"report.slices: {examples.name}: column {name!r} holds {found}; allowed: texts or whole numbers, 2 to {MOST_NAMED}"
+                f"report.slices: {examples.name}: column {name!r} holds {found}; "
+                f"allowed: texts or whole numbers, 2 to {MOST_NAMED} different ones"
             )
 
 
@@ -73,6 +79,9 @@ def groups(examples: Examples, kept: np.ndarray, columns: Sequence[str] | None =
         columns: the columns to slice by; where None, all of texts or whole numbers with at most 20 different values that play
             no role, and the speaker.
     """
+    wanted = (kept.tobytes(), None if columns is None else tuple(columns))
+    if examples in _made and _made[examples][0] == wanted:
+        return _made[examples][1]
     found = _classes(examples, kept)
     for name in _fitting_columns(examples) if columns is None else columns:
         found += by_value(name, _values(examples, name) or [], kept)
@@ -82,6 +91,7 @@ def groups(examples: Examples, kept: np.ndarray, columns: Sequence[str] | None =
         measured["text length"] = lengths
     for name, values in measured.items():
         found += by_measure(name, values)
+    _made[examples] = (wanted, found)
     return found
 
 
@@ -133,12 +143,10 @@ def _classes(examples: Examples, kept: np.ndarray) -> list[Group]:
 
 def _fitting_columns(examples: Examples) -> list[str]:
     speaker = examples.columns.get("speaker")
-    found = [] if speaker is None else [speaker]
     taken = set(examples.columns.values())
-    for name in examples.column_names():
-        if name not in taken and (values := _values(examples, name)) is not None and 2 <= len(set(values)) <= MOST_VALUES:
-            found.append(name)
-    return found
+    rest = [name for name in examples.column_names() if name not in taken]
+    fitting = [n for n in rest if (values := _values(examples, n)) is not None and 2 <= len(set(values)) <= MOST_VALUES]
+    return fitting if speaker is None else [speaker, *fitting]
 
 
 def _values(examples: Examples, column: str) -> list[Any] | None:

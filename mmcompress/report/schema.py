@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmcompress.report.schema_behaviour import Behaviour
 from mmcompress.report.schema_robustness import Robustness
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Row(_Model):
     change: dict[str, Change] = Field(default_factory=dict, description="Paired differences to the baseline in torch.")
     components: dict[str, ComponentRow] = Field(default_factory=dict, description="By tower.")
     classes: dict[str, ClassScore] = Field(default_factory=dict)
+    behaviour: Behaviour | None = Field(None, description="What changed underneath, and calibration.")
     parity: dict[str, Parity] = Field(default_factory=dict, description="By component; ONNX rows only.")
     loads_with: Literal["transformers", "mmcompress", "onnx"] = "transformers"
     rolled_back: bool = Field(

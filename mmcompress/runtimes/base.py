@@ -11,8 +11,15 @@ import numpy as np
 class Predict(Protocol):
     """A loaded model whose components can be called by name."""
 
-    runtime: str
-    components: tuple[str, ...]
+    @property
+    def runtime(self) -> str:
+        """``torch`` or ``onnxruntime``."""
+        ...
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components' names."""
+        ...
 
     def __call__(self, component: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs one component.

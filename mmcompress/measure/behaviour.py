@@ -56,22 +56,23 @@ def behaviour(
     if seen is None:
         return None
     old = baseline.seen if baseline is not None else None
-    found = Behaviour(alignment=_alignment(seen))
+    items = _items(scores, seen)
+    found = Behaviour(alignment=_alignment(seen, items))
     if old is not None and not np.array_equal(old.index, seen.index):
         old = None
         found.left_out.append("What changed against the baseline: the two models were scored on different examples.")
-    _calibrate(found, seen, old)
+    _calibrate(found, seen, old, items)
     if old is None or baseline is None:
         return found
     _compare_answers(found, scores, baseline, task, examples)
-    found.agreement = _agreement(old, seen)
+    found.agreement = _agreement(old, seen, items)
     found.drift = _drift(old, seen)
     if not found.drift:
         found.left_out.append("Drift of embeddings: no encoder's outputs were seen for every example.")
     if found.alignment is None:
         found.left_out.append("Cross-modal alignment: this task compares no embeddings of two kinds.")
-    elif (before := _alignment(old)) is not None:
-        found.alignment_change = AlignmentChange(before=before, margin=_estimate(_margin(seen) - _margin(old), seen))
+    elif (before := _alignment(old, items)) is not None:
+        found.alignment_change = AlignmentChange(before=before, margin=_estimate(_margin(seen) - _margin(old), items))
     metric = next(iter(task.metrics))
     kept = np.arange(len(examples)) if scores.kept is None else scores.kept
     found.slices = worst_slices(scores, baseline, metric, metric in task.lower_is_better, groups(examples, kept, columns))
@@ -80,7 +81,7 @@ def behaviour(
     return found
 
 
-def _calibrate(found: Behaviour, seen: Observed, old: Observed | None) -> None:
+def _calibrate(found: Behaviour, seen: Observed, old: Observed | None, items: np.ndarray) -> None:
     if seen.logits is None or seen.truth is None or seen.logit_rows is None:
         found.left_out.append("Calibration: this task's answers come without a probability of each possible answer.")
         return
@@ -91,7 +92,7 @@ def _calibrate(found: Behaviour, seen: Observed, old: Observed | None) -> None:
     if old is not None and old.logits is not None and old.scale is not None and old.logits.shape == seen.logits.shape:
         before = old.logits.astype(np.float64) * old.scale
     logits, labels = seen.logits.astype(np.float64) * seen.scale, seen.truth[seen.logit_rows]
-    found.calibration = calibration(logits, labels, before, _clusters(seen.index[seen.logit_rows]))
+    found.calibration = calibration(logits, labels, before, _clusters(items[seen.logit_rows]))
     if len(seen.logit_rows) < len(seen.index):
         found.left_out.append(f"Calibration and KL are over {len(labels):,} of {len(seen.index):,} items, drawn by a fixed seed.")
 
@@ -109,7 +110,7 @@ def _compare_answers(found: Behaviour, scores: Scores, baseline: Scores, task: T
         right_to_wrong=int((old.right & ~seen.right).sum()),
         wrong_to_right=int((~old.right & seen.right).sum()),
         wrong_to_other=None if other is None else int((~old.right & ~seen.right & other).sum()),
-        share=_share(changed.astype(np.float64), _clusters(seen.index)),
+        share=_share(changed.astype(np.float64), _clusters(_items(scores, seen))),
     )
     metric = next(iter(task.metrics))
     sign = -1.0 if metric in task.lower_is_better else 1.0
@@ -131,14 +132,14 @@ def _confidence(seen: Observed) -> np.ndarray:
     return found
 
 
-def _agreement(old: Observed, seen: Observed) -> Agreement:
+def _agreement(old: Observed, seen: Observed, items: np.ndarray) -> Agreement:
     found = Agreement()
     codes = agreement.in_common_numbers(old, seen)
     if codes is not None:
-        found.top1 = _share((codes[0] == codes[1]).astype(np.float64), _clusters(seen.index))
+        found.top1 = _share((codes[0] == codes[1]).astype(np.float64), _clusters(items))
     before, after = agreement.log_probabilities(old), agreement.log_probabilities(seen)
     if before is not None and after is not None and before.shape == after.shape and seen.logit_rows is not None:
-        rows = seen.index[seen.logit_rows]
+        rows = items[seen.logit_rows]
         found.kl = _mean(agreement.kl(before, after), _clusters(rows))
         if before.shape[1] > 5:
             found.top5 = _mean(agreement.top_k_overlap(before, after, 5), _clusters(rows))
@@ -164,7 +165,7 @@ def _drift(old: Observed, seen: Observed) -> dict[str, Drift]:
     return found
 
 
-def _alignment(seen: Observed) -> Alignment | None:
+def _alignment(seen: Observed, items: np.ndarray) -> Alignment | None:
     if seen.matched is None or seen.unmatched is None:
         return None
     known = np.isfinite(seen.matched) & np.isfinite(seen.unmatched)
@@ -173,9 +174,9 @@ def _alignment(seen: Observed) -> Alignment | None:
     media = next((rows for tower, rows in seen.embeddings.items() if tower != "text"), None)
     text = seen.embeddings.get("text")
     return Alignment(
-        matched=_estimate(seen.matched, seen),
-        unmatched=_estimate(seen.unmatched, seen),
-        margin=_estimate(_margin(seen), seen),
+        matched=_estimate(seen.matched, items),
+        unmatched=_estimate(seen.unmatched, items),
+        margin=_estimate(_margin(seen), items),
         gap=drift.modality_gap(media, text) if media is not None and text is not None else None,
     )
 
@@ -187,9 +188,9 @@ def _margin(seen: Observed) -> np.ndarray:
     return found
 
 
-def _estimate(values: np.ndarray, seen: Observed) -> Estimate:
+def _estimate(values: np.ndarray, items: np.ndarray) -> Estimate:
     known = np.isfinite(values)
-    return _mean(values[known], _clusters(seen.index[known]))
+    return _mean(values[known], _clusters(items[known]))
 
 
 def _share(values: np.ndarray, clusters: np.ndarray | None = None) -> Estimate:
@@ -218,6 +219,16 @@ def _mean(values: np.ndarray, clusters: np.ndarray | None = None) -> Estimate:
     return Estimate(value=mean, low=mean - reach, high=mean + reach, n=n)
 
 
-def _clusters(index: np.ndarray) -> np.ndarray | None:
-    """Items of one example stand or fall together."""
-    return None if len(np.unique(index)) == len(index) else index
+def _items(scores: Scores, seen: Observed) -> np.ndarray:
+    """What each item stands or falls with, (M,): its example, or what the example itself belongs to."""
+    if scores.clusters is None or scores.kept is None or len(scores.clusters) != len(scores.kept):
+        return seen.index
+    place = np.searchsorted(scores.kept, seen.index)
+    if place.max(initial=0) >= len(scores.kept) or not np.array_equal(scores.kept[place], seen.index):
+        return seen.index
+    found: np.ndarray = scores.clusters[place]
+    return found
+
+
+def _clusters(items: np.ndarray) -> np.ndarray | None:
+    return None if len(np.unique(items)) in (1, len(items)) else items

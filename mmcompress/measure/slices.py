@@ -48,7 +48,7 @@ def worst_slices(scores: Scores, baseline: Scores, metric: str, lower_is_better:
     w = np.ones(len(new)) if weights is None else weights
     gain = sign * (new - old)
     tested = [g for g in found if FEWEST <= int(g.members.sum()) <= len(new) - FEWEST]
-    p = np.array([p_lost_more(gain, g.members, w, None if g.by == "speaker" else scores.clusters) for g in tested])
+    p = np.array([p_lost_more(gain, g.members, w, scores.clusters) for g in tested])
     adjusted = holm(p)
     p_of = {id(g): (float(a), float(b)) for g, a, b in zip(tested, p, adjusted, strict=True)}
     ranked = sorted(found, key=lambda g: (id(g) not in p_of, -_sure_loss(gain[g.members], w[g.members])))
@@ -64,7 +64,7 @@ def _slice(g: Group, scores: Scores, baseline: Scores, metric: str, p: tuple[flo
     one, two = scores.weights.get(metric), baseline.weights.get(metric)
     inside, outside = g.members, ~g.members
     pair = None if one is None or two is None else (one[inside], two[inside])
-    clusters = None if scores.clusters is None or g.by == "speaker" else scores.clusters[inside]
+    clusters = None if scores.clusters is None else scores.clusters[inside]
     low, high = difference_interval(new[inside], old[inside], weights=pair, clusters=clusters)
     before, after = _mean(old, two, inside), _mean(new, one, inside)
     n = int(inside.sum())
@@ -118,8 +118,11 @@ def p_lost_more(gain: np.ndarray, members: np.ndarray, weights: np.ndarray, clus
         gain: shape (N,), what each example gained; negative for a loss.
         members: shape (N,), bool.
         weights: shape (N,).
-        clusters: shape (N,), which examples stand or fall together.
+        clusters: shape (N,), which examples stand or fall together. Where the members are of one cluster, or the others are,
+            it is this cluster that is asked about, and its examples count by themselves.
     """
+    if clusters is not None and min(len(np.unique(clusters[members])), len(np.unique(clusters[~members]))) < 2:
+        clusters = None
     kinds, counts = np.unique(gain, return_counts=True)
     if len(kinds) == 1:
         return 1.0
@@ -145,8 +148,6 @@ def _welch(gain: np.ndarray, members: np.ndarray, weights: np.ndarray, clusters:
         difference += sign * mean
         np.add.at(influence, groups[part], sign * share * (gain[part] - mean))
         freedom.append(len(np.unique(groups[part])) - 1)
-    if min(freedom) < 1:
-        return 1.0  # one cluster by itself says nothing of others
     spread = float(np.sqrt(np.square(influence).sum()))
     if spread < 1e-12:
         return 1.0 if difference >= -1e-12 else 0.0

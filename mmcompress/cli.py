@@ -317,9 +317,9 @@ def list_(
 def schema(report: Annotated[bool, typer.Option("--report", help="The schema of report.json instead.")] = False) -> None:
     """Print the JSON Schema of a recipe."""
     if report:
-        from mmcompress.report.schema import Report
+        from mmcompress.report.schema import report_schema
 
-        _print_json(Report.model_json_schema())
+        _print_json(report_schema())
     else:
         from mmcompress.recipe import json_schema
 

@@ -30,6 +30,7 @@ from mmcompress.report.plots import Axes, Point, marker, scatter, value_bar
 from mmcompress.report.reproduce import reproduce
 from mmcompress.report.schema import Report, Row
 from mmcompress.report.sections import Section, all_sections
+from mmcompress.report.summary import summary_table
 from mmcompress.report.tables import Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 from mmcompress.report.views import html_filters
@@ -69,7 +70,7 @@ def render_html(report: Report, folder: Path | None = None) -> str:
     """
     metric = headline_metric(report)
     tables, sections = all_tables(report), all_sections(report, folder)
-    falls = waterfalls(report, metric)
+    falls, summary = waterfalls(report, metric), summary_table(report)
     first, rest = first_screen([*(Alert(g.tone, f"Gate {g.text}") for g in gate_words(report)), *bad_news(report)])
     values = {
         "report": report,
@@ -84,8 +85,9 @@ def render_html(report: Report, folder: Path | None = None) -> str:
         "speeds": [(speed_words(report, s), speed_bars(report, s)) for s in speeds(report) if s.ratio is not None],
         "tables": tables,
         "sections": sections,
-        "contents": contents(report, tables, sections, bool(falls)),
+        "contents": contents(report, tables, sections, summary),
         "falls": falls,
+        "summary": summary,
         "notes": [(row, row_tags(report, row)) for row in report.rows if row.notes],
         "recipe": recipe_yaml(report),
         "again": reproduce(report, folder),
@@ -111,12 +113,14 @@ def made_by(report: Report) -> str:
     return str(versions.get("mmcompress", "")) if isinstance(versions, dict) else ""
 
 
-def contents(report: Report, tables: dict[str, Table], sections: Sequence[Section], falls: bool) -> list[tuple[str, str]]:
+def contents(
+    report: Report, tables: dict[str, Table], sections: Sequence[Section], summary: Table | None
+) -> list[tuple[str, str]]:
     """(anchor, title) of the page's parts, in their order."""
     gained = any(s.ratio is not None for s in speeds(report))
     return [
         ("picture", "Size, speed and quality"),
-        *([("steps", "What each step changed")] if falls else ()),
+        *([("summary", summary.caption), ("steps", "What each step changed")] if summary else ()),
         *([("gain", "Where the speed came from")] if gained else ()),
         *((s.anchor, s.title) for s in sections),
         *((key, title) for key, title in AFTER.items() if ("cost" if key == "done" else key) in tables),

@@ -34,14 +34,19 @@ from mmcompress.report.format import (
     speed_verdict,
     speeds,
 )
+from mmcompress.report.reproduce import reproduce
 from mmcompress.report.schema import ClassScore, Report, Row
 from mmcompress.report.sections import all_sections
+from mmcompress.report.summary import summary_table
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import SYNTHETIC, bad_news, chips, gate_words, speed_words
 from mmcompress.report.views import escape_markdown, fence, markdown_table
 from mmcompress.report.waterfall import row_tags
 
 WORST = 5
+MARKS = {"good": "✅", "bad": "❌", "caution": "⚠️", "neutral": "•"}
+SHOWN_ALERTS = 5
+"""More than these, without the bad ones, stand in a fold."""
 
 
 def results_table(report: Report) -> Table:
@@ -289,11 +294,12 @@ def recipe_yaml(report: Report) -> str:
 
 
 def render_markdown(report: Report, folder: Path | None = None) -> str:
-    """The report for pull requests, with the same facts as the HTML page."""
+    """The report for pull requests: headline, what speaks against it, one table; the rest of the page's facts in folds."""
+    alerts = bad_news(report)
     values = {
         "report": report,
         "chips": chips(report),
-        "alerts": bad_news(report),
+        "alerts": alerts,
         "gates": gate_words(report),
         "speeds": [speed_words(report, s) for s in speeds(report) if s.ratio is not None],
         "tables": all_tables(report),
@@ -301,6 +307,10 @@ def render_markdown(report: Report, folder: Path | None = None) -> str:
         "notes": [(row_name(row), row.notes) for row in report.rows if row.notes],
         "recipe": recipe_yaml(report),
         "synthetic": SYNTHETIC,
+        "summary": summary_table(report),
+        "again": reproduce(report, folder),
+        "marks": MARKS,
+        "most": max(SHOWN_ALERTS, sum(a.tone == "bad" for a in alerts)),
     }
     filters = {"md": escape_markdown, "table": markdown_table, "fence": fence}
     return re.sub(r"\n{3,}", "\n\n", fill_template("report.md.j2", filters, values)).strip() + "\n"

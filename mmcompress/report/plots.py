@@ -84,7 +84,8 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     """A scatter picture with intervals, bubbles and labels that do not lie on one another.
 
     The y axis holds the baselines and final models with room around them. A point far outside, such as a model right
-    after a cut, would squeeze all others together: it is put at the edge, with an arrow and its value.
+    after a cut, would squeeze all others together: it is put at the edge, with an arrow and its value. So is one far to the
+    right.
 
     Args:
         key: makes the picture's ids unique on the page.
@@ -94,14 +95,21 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     if not points:
         return Markup("")
     # An interval of an unsteady timing may be many times as wide as the picture; it runs out of it.
-    furthest = max(p.x for p in points)
-    widest = min(max(p.x_interval[1] if p.x_interval else p.x for p in points), 1.3 * furthest)
+    furthest = _reach(points)
+    far = {i for i, p in enumerate(points) if p.x > furthest}
+    widest = min(max(p.x_interval[1] if p.x_interval else p.x for p in points if p.x <= furthest), 1.3 * furthest)
     to_x, x_ticks = _axis(0.0, widest * 1.06, LEFT, WIDTH - RIGHT)
     low, high = _window(points)
     room = 0.06 * (high - low)
     to_y, y_ticks = _axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
     off = {i for i, p in enumerate(points) if not low <= p.y <= high}
     measured, points = points, [_at_edge(p, low, high, axes) if i in off else p for i, p in enumerate(points)]
+    edge = widest * 1.06
+    points = [
+        replace(p, x=edge, x_interval=None, label=f"{p.label} → {measured[i].x:,.{0 if measured[i].x >= 100 else 1}f}") if i in far else p
+        for i, p in enumerate(points)
+    ]
+    off |= far
     places = [(to_x(p.x), to_y(p.y), _radius(p, points)) for p in points]
     parts = [*_grid(axes, x_ticks, y_ticks, to_x, to_y)]
     dim = set(range(len(points))) - set(pareto_front(measured, axes.higher_is_better)) if front else set()
@@ -120,6 +128,12 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
         '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-desc">'
         '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>{}</svg>'
     ).format(WIDTH, HEIGHT, key, key, key, axes.title, key, axes.description, Markup("").join(parts))
+
+
+def _reach(points: Sequence[Point]) -> float:
+    """The largest x inside the picture: a time many times as long as the baseline's would squeeze all others together."""
+    main = max(p.x for p in points if p.strong or p.hollow or not any(q.strong or q.hollow for q in points))
+    return max(p.x for p in points if p.x <= 2.5 * main)
 
 
 def _window(points: Sequence[Point]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmcompress.report.frame import flat_row
 from mmcompress.report.schema_behaviour import Behaviour
 from mmcompress.report.schema_robustness import Robustness
 
@@ -220,20 +221,14 @@ class Report(_Model):
     totals: Totals
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a pandas frame: one line a row, with ``latency_ms.<batch>.p50`` and ``quality.<metric>`` columns."""
+        """The rows as a pandas frame: one line a row, every number under its dotted path (``latency_ms.1.p50``); the numbers of
+        a metric itself are ``quality.<metric>`` and ``change.<metric>``.
+        """
         import pandas as pd  # an optional view; reports are read without pandas
 
-        flat = []
-        for row in self.rows:
-            line: dict[str, Any] = row.model_dump(include={"step", "runtime", "precision", "parameters", "disk_bytes"})
-            line |= {"peak_memory_bytes": row.peak_memory_bytes, "flops": row.flops, "seconds": row.seconds}
-            for batch, latency in row.latency_ms.items():
-                line |= {f"latency_ms.{batch}.{k}": v for k, v in latency.model_dump().items()}
-            for metric, quality in row.quality.items():
-                line |= {f"quality.{metric}": quality.value}
-                line |= {f"quality.{metric}.{k}": getattr(quality, k) for k in ("low", "high", "n")}
-            for metric, change in row.change.items():
-                line |= {f"change.{metric}": change.difference, f"change.{metric}.low": change.low}
-                line |= {f"change.{metric}.high": change.high}
-            flat.append(line)
-        return pd.DataFrame(flat)
+        return pd.DataFrame([flat_row(row.model_dump()) for row in self.rows])
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of ``report.json``."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}

@@ -132,6 +132,7 @@ def _latencies(report: Report, batch: str) -> Waterfall:
         if row not in rows:
             rows.append(row)
     ms, full = ms_scale_of(report, batch), max(row.latency_ms[batch].p50 for row in rows)
+    busy = any(row.disturbed for row in rows)
     falls: list[Fall] = []
     before: Row | None = None
     for row in rows:
@@ -140,8 +141,8 @@ def _latencies(report: Report, batch: str) -> Waterfall:
         did, tone = "", ""
         if was is not None and now.p50 > 0:
             verdict = speed_verdict(was, now)
-            tone = {"faster": "good", "slower": "bad"}.get(verdict, "")
-            did = faster(was.p50 / now.p50) if tone else verdict
+            did = verdict if verdict == "no clear difference" else faster(was.p50 / now.p50)
+            tone = "" if busy else {"faster": "good", "slower": "bad"}.get(verdict, "")
         bar = value_bar(now.p50, full, was.p50 if was else None, SERIES[row.runtime])
         falls.append(_fall(report, row, bar, ms(now.p50), did, tone))
         before = before if row.rolled_back else row
@@ -151,6 +152,8 @@ def _latencies(report: Report, batch: str) -> Waterfall:
         note += f" The first row in {RUNTIMES[wanted]} is the runtime's own share: nothing is compressed there."
     elif mixed:
         note += " The step at which the runtime changes holds the runtime's share too."
+    if busy:
+        note += " Other programs kept the machine busy: these times are not to be trusted."
     return Waterfall("latency", f"Latency at batch {batch}", note, tuple(falls))
 
 
@@ -168,8 +171,7 @@ def _quality(report: Report, rows: Sequence[Row], metric: str) -> Waterfall:
         if change:
             bar = interval_bar(change.low, change.difference, change.high, span, start, fmt.higher_is_better)
             did = f"{fmt.signed(change.difference - start)} {fmt.unit}".rstrip() if start is not None else ""
-        tone = {"worse": "bad", "better": "good"}.get(change.verdict, "") if change else ""
-        falls.append(_fall(report, row, bar, fmt.value(quality.value) if quality else MISSING, did, tone))
+        falls.append(_fall(report, row, bar, fmt.value(quality.value) if quality else MISSING, did))
         before = before if row.rolled_back else row
     direction = f" ({fmt.direction})" if fmt.direction else ""
     note = (

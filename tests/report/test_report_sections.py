@@ -63,7 +63,7 @@ def test_a_new_file_is_in_every_view() -> None:
     assert "A toy &lt;toy-a&gt;" in page
     assert page.index("toy-a is on fire &amp; out of hand.") < page.index("</header>")
     markdown = render_markdown(report, None)
-    assert "## A toy &lt;toy-b&gt;\n\nmd toy-b\n" in markdown
+    assert "<details><summary>A toy &lt;toy-b&gt;</summary>\n\nmd toy-b\n" in markdown
     text = render_text(report)
     assert "A toy <toy-b>\ntxt toy-b\n" in text
     assert Alert("bad", "toy-a is on fire & out of hand.") in bad_news(report)

@@ -9,6 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mmcompress.report.alerts import Alert
+from mmcompress.report.bars import value_bar
 from mmcompress.report.format import (
     BASELINE,
     RUNTIMES,
@@ -26,7 +27,7 @@ from mmcompress.report.format import (
     times,
 )
 from mmcompress.report.markdown import all_tables, recipe_yaml
-from mmcompress.report.plots import Axes, Point, marker, scatter, value_bar
+from mmcompress.report.plots import Axes, Point, marker, scatter
 from mmcompress.report.reproduce import reproduce
 from mmcompress.report.schema import Report, Row
 from mmcompress.report.sections import Section, all_sections

@@ -106,8 +106,7 @@ def scatter(points: Sequence[Point], axes: Axes, key: str, paths: Iterable[Seque
     measured, points = points, [_at_edge(p, low, high, axes) if i in off else p for i, p in enumerate(points)]
     edge = widest * 1.06
     points = [
-        replace(p, x=edge, x_interval=None, label=f"{p.label} → {measured[i].x:,.{0 if measured[i].x >= 100 else 1}f}") if i in far else p
-        for i, p in enumerate(points)
+        replace(p, x=edge, x_interval=None, label=f"{p.label} → {_far(p.x)}") if i in far else p for i, p in enumerate(points)
     ]
     off |= far
     places = [(to_x(p.x), to_y(p.y), _radius(p, points)) for p in points]
@@ -134,6 +133,10 @@ def _reach(points: Sequence[Point]) -> float:
     """The largest x inside the picture: a time many times as long as the baseline's would squeeze all others together."""
     main = max(p.x for p in points if p.strong or p.hollow or not any(q.strong or q.hollow for q in points))
     return max(p.x for p in points if p.x <= 2.5 * main)
+
+
+def _far(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:,.1f}"
 
 
 def _window(points: Sequence[Point]) -> tuple[float, float]:
@@ -329,73 +332,6 @@ def _free_place(
 def _overlap(a: Box, b: Box) -> float:
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return wide * high if wide > 0 and high > 0 else 0.0
-
-
-def value_bar(value: float, full: float, before: float | None = None, series: int = 1) -> Markup:
-    """A horizontal bar from zero; what was gained since ``before`` is an outline, what was added a lighter piece.
-
-    For tables: decoration beside a number, hidden from screen readers.
-    """
-    scale = 176 / full if full > 0 else 0.0
-    parts = [Markup('<rect class="track" x="0" y="4" width="176" height="10" rx="2"/>')]
-    if before is not None and before > value:
-        parts.append(
-            Markup('<rect class="gone" x="{:.1f}" y="4.5" width="{:.1f}" height="9"/>').format(
-                value * scale, (before - value) * scale
-            )
-        )
-    parts.append(
-        Markup('<rect class="dot full s{}" x="0" y="4" width="{:.1f}" height="10" rx="2"/>').format(
-            series, max(value * scale, 1.5)
-        )
-    )
-    if before is not None and before < value:
-        parts.append(
-            Markup('<rect class="added" x="{:.1f}" y="4" width="{:.1f}" height="10"/>').format(
-                before * scale, (value - before) * scale
-            )
-        )
-    return _inline(parts, stretch=True)
-
-
-def interval_bar(
-    low: float,
-    value: float,
-    high: float,
-    span: tuple[float, float],
-    before: float | None = None,
-    higher_is_better: bool = True,
-) -> Markup:
-    """A dot with its interval on an axis whose zero (the baseline) is marked; all rows of a table share ``span``.
-
-    A value outside of the span is an arrow at the edge.
-    """
-    start, end = min(span[0], 0.0), max(span[1], 0.0)
-    if end <= start:
-        end = start + 1.0
-
-    def place(v: float) -> float:
-        return 8 + (min(max(v, start), end) - start) / (end - start) * 160
-
-    above, below = ("good", "bad") if higher_is_better else ("bad", "good")
-    tone = below if high < 0 else above if low > 0 else "even"
-    parts = [Markup('<line class="zero" x1="{:.1f}" x2="{:.1f}" y1="0" y2="18"/>').format(place(0), place(0))]
-    if before is not None:
-        parts.append(Markup('<line class="leader" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(place(before), place(value)))
-    if not start <= value <= end:
-        tip = 1 if value < start else 175
-        arrow = f"M{tip} 9L{tip + (8 if tip == 1 else -8)} 4V14Z"
-        return _inline([*parts, Markup('<path class="mean {}" d="{}"/>').format(tone, arrow)])
-    parts.append(Markup('<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="9" y2="9"/>').format(tone, place(low), place(high)))
-    parts.append(Markup('<circle class="mean {}" cx="{:.1f}" cy="9" r="4.5"/>').format(tone, place(value)))
-    return _inline(parts)
-
-
-def _inline(parts: Iterable[Markup], *, stretch: bool = False) -> Markup:
-    looks = Markup(' stretch" preserveAspectRatio="none') if stretch else ""
-    return Markup('<svg class="inline{}" viewBox="0 0 176 18" aria-hidden="true" focusable="false">{}</svg>').format(
-        looks, Markup("").join(parts)
-    )
 
 
 def marker(shape: str, series: int, kind: str = "full") -> Markup:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from mmcompress.report.bars import interval_bar, value_bar
 from mmcompress.report.format import (
     BASELINE,
     MISSING,
@@ -24,7 +25,6 @@ from mmcompress.report.format import (
     smaller,
     speed_verdict,
 )
-from mmcompress.report.plots import interval_bar, value_bar
 from mmcompress.report.schema import Change, Report, Row
 from mmcompress.report.tables import Cell
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mmcompress.report.bars import interval_bar
 from mmcompress.report.format import (
     MISSING,
     MetricFormat,
@@ -18,7 +19,7 @@ from mmcompress.report.format import (
     smaller,
     speed_verdict,
 )
-from mmcompress.report.plots import Axes, Point, interval_bar, pareto_front, scatter, ticks
+from mmcompress.report.plots import Axes, Point, pareto_front, scatter, ticks
 from mmcompress.report.schema import Report
 from tests.report import examples
 

@@ -1,6 +1,6 @@
 """Each family at its published size, with random weights: size, speed, parity and peak memory, before and after a 50% ffn prune.
 
-    python benchmarks/families.py [--only whisper-base]... [--threads 2] [--seconds 1] [--out results.json]
+    python benchmarks/families.py [--only whisper-base]... [--threads 2] [--seconds 1] [--out results.json] [--fresh]
 
 Every step of every family runs in a process of its own, so that its peak memory is its own: building, cutting, and for the whole
 and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
@@ -9,7 +9,8 @@ cutting, exporting and quantizing is held against 3 times the model's float32 by
 without what the process takes before it loads a model and without what grows with the batch, against 5 times those bytes. Above
 that the exit code is 1.
 
-Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it.
+Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it. Families that --out holds are not
+measured again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from mmcompress.data.audio import Audio
 from mmcompress.data.examples import Examples
 from mmcompress.environment import environment
 from mmcompress.families.base import Outputs
+from mmcompress.files import write_json
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import latency, size, worker
 from mmcompress.measure.rows import parity_over
@@ -56,9 +58,17 @@ TIMES_FLOAT, AND_BYTES = 3, 2_000_000_000
 TIMES_TRAINING = 5
 """The most that training may take beside its activations, in float32 bytes: weights, gradients, two moments, a teacher."""
 TRAININGS = ("finetune", "distill")
-BATCHES = (2, 4)
-"""Batch sizes of the trainings: what grows from one to the other are activations."""
+BATCHES = {"clip-vit-b-32": (12, 20), "smolvlm-256m": (2, 4)}
+OTHERWISE = (6, 12)
+"""Batch sizes of the trainings: what grows from one to the other are activations. They must be so large that the activations of a
+backward pass, and not the optimiser's step after it, make the peak at both; CLIP's are small beside its weights, SmolVLM's large.
+"""
 STEPS = 3
+
+
+def batches(name: str) -> tuple[int, int]:
+    """The two batch sizes of a family's trainings."""
+    return BATCHES.get(name, OTHERWISE)
 
 
 def config_of(one: Published) -> PretrainedConfig:
@@ -155,6 +165,13 @@ class RandomInputs(Task):
         raise ValueError("random inputs have no right answers")
 
 
+class RandomPairs(RandomInputs):
+    """The same for models that give embeddings."""
+
+    needs: ClassVar = frozenset({"embeddings"})
+    distillation: ClassVar = DUAL_ENCODER_LOSSES
+
+
 def train(name: str, work: Path, what: str, batch_size: int) -> dict[str, Any]:
     """Peak memory of three steps of a training pass, and what the process took before it loaded a model."""
     before = worker.peak_memory_bytes()
@@ -164,15 +181,15 @@ def train(name: str, work: Path, what: str, batch_size: int) -> dict[str, Any]:
     kind = next(iter(family.media))
     nothing: Any = Image.new("RGB", (1, 1)) if kind == "image" else Audio(np.zeros(1, np.float32), 16_000)
     rows = Examples([{kind: nothing}] * (STEPS * batch_size), "random inputs", {kind: kind})
-    losses = DUAL_ENCODER_LOSSES if "embeddings" in family.abilities else ANSWER_LOSSES
+    task = (RandomPairs if "embeddings" in family.abilities else RandomInputs)(type="random")
     settings: dict[str, Any] = {"max_steps": STEPS, "epochs": STEPS, "batch_size": batch_size}
-    made = mm.passes.Finetune(**settings) if what == "finetune" else mm.passes.Distill(**settings, losses=dict(losses))
+    made = mm.passes.Finetune(**settings) if what == "finetune" else mm.passes.Distill(**settings, losses=dict(task.distillation))
 
     def teacher() -> CompressedModel:
         found = opened(name, work / "whole")
         return CompressedModel(found.module, model.processor, family, name)
 
-    context = Context(task=RandomInputs(type="random"), train=rows, baseline=teacher, device="cpu", consume=True)
+    context = Context(task=task, train=rows, baseline=teacher, device="cpu", consume=True)
     made.apply(model, context=context)
     return {"before_bytes": before, "peak_memory_bytes": worker.peak_memory_bytes()}
 
@@ -228,14 +245,14 @@ def time_onnx(name: str, work: Path, variant: str, precision: str, given: argpar
     }
 
 
-def steps(given: argparse.Namespace) -> dict[str, Callable[[str, Path], dict[str, Any]]]:
-    """What is done with a family, in order; each by its name in a process of its own."""
+def steps(family: str, given: argparse.Namespace) -> dict[str, Callable[[str, Path], dict[str, Any]]]:
+    """What is done with ``family``, in order; each by its name in a process of its own."""
     found: dict[str, Callable[[str, Path], dict[str, Any]]] = {
         "build": lambda name, work: build(name, work, given),
         "cut": lambda name, work: cut(name, work, given),
     }
     for what in TRAININGS:
-        for size_ in BATCHES:
+        for size_ in batches(family):
             found[f"{what} {size_}"] = lambda name, work, w=(what, size_): train(name, work, *w)
     for variant in VARIANTS:
         for precision in PRECISIONS:
@@ -265,7 +282,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """All that is found out about one family."""
     found: dict[str, Any] = {"family": name, "hub": PUBLISHED[name].hub}
     with tempfile.TemporaryDirectory(prefix="mmcompress-") as scratch:
-        for step in steps(given):
+        for step in steps(name, given):
             print(f"{name}: {step}", file=sys.stderr, flush=True)
             found[step] = in_a_process(name, step, Path(scratch), given)
     return found
@@ -307,9 +324,9 @@ def memory(found: dict[str, Any]) -> list[tuple[str, int, int]]:
     weights = 4 * found["build"]["parameters"]
     steps_ = ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
     rows = [(step, found[step]["peak_memory_bytes"], TIMES_FLOAT * weights + AND_BYTES) for step in steps_]
-    first, second = BATCHES
+    first, second = batches(found["family"])
     for what in TRAININGS:
-        low, high = (found[f"{what} {b}"]["peak_memory_bytes"] for b in BATCHES)
+        low, high = (found[f"{what} {b}"]["peak_memory_bytes"] for b in (first, second))
         fixed = low - first * max(0, high - low) // (second - first) - found[f"{what} {first}"]["before_bytes"]
         rows.append((f"{what}, without activations", fixed, TIMES_TRAINING * weights))
     return rows
@@ -323,19 +340,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each latency")
     parser.add_argument("--no-latency", action="store_true", help="leave latency out, such as on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/families.json"))
+    parser.add_argument("--fresh", action="store_true", help="measure families again that --out holds already")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     silence_libraries()
     if given.step:
-        print("\n" + json.dumps(steps(given)[given.step](given.only[0], given.work)))
+        print("\n" + json.dumps(steps(given.only[0], given)[given.step](given.only[0], given.work)))
         return
-    all_found = []
+    kept = json.loads(given.out.read_text())["families"] if given.out.exists() and not given.fresh else []
+    there, all_found = {found["family"]: found for found in kept}, []
     for name in given.only or PUBLISHED:
-        all_found.append(measured(name, given))
+        all_found.append(there.get(name) or measured(name, given))
+        there[name] = all_found[-1]
         print(tables(all_found[-1]) + "\n", flush=True)
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"families": all_found, "environment": environment()}, indent=1) + "\n")
+        write_json(given.out, {"families": list(there.values()), "environment": environment()})
     over = [f"{f['family']}: {step}" for f in all_found for step, peak, limit in memory(f) if peak > limit]
     if over:
         raise SystemExit("over the memory limit: " + "; ".join(over))

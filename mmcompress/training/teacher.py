@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 
 import mmcompress
 from mmcompress.context import Context
@@ -82,6 +83,8 @@ class Teacher:
             known = identity(self.model, f"{precision} on {device.type}")
             for tower, tally in self._tallies.items():
                 tally.store = Store(f"{known}-{tower}", self.sizes[tower], self.store_bytes)
+        if precision == "bf16":
+            store_halves(self.model.module)
         self.model.module.to(device)
 
     def stop(self) -> None:
@@ -242,6 +245,23 @@ class _Tally:
                 self.store.seconds_per_row = self.seconds / self.asked
             self.store.flush()
             self.flushed = time.monotonic()
+
+
+def store_halves(module: nn.Module) -> None:
+    """Keeps the weights of linear layers in bfloat16, in place.
+
+    Autocast rounds them to it at every call, so that a model that is only asked under it answers the same to the last bit, in
+    less memory. A weight that another layer uses as well (a tied embedding) stays as it is, and so do convolutions, whose dtype
+    some models give to what is added behind them.
+    """
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            users.setdefault(weight, []).append(part)
+    for weight, parts in users.items():
+        rounds = weight.dtype == torch.float32 and all(type(part) is nn.Linear for part in parts)
+        # The others are copied: what a file is mapped to stays in memory as long as one weight lies in it.
+        weight.data = weight.data.to(torch.bfloat16) if rounds else weight.data.clone()
 
 
 def identity(model: CompressedModel, how: str) -> str:

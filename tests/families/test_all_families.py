@@ -23,6 +23,8 @@ from mmcompress.pruning import cut
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.base import Task
+from mmcompress.training.autocast import computing
+from mmcompress.training.teacher import store_halves
 from tests import tiny_data
 
 HERE = Path(__file__).parent
@@ -90,6 +92,24 @@ def check_stock(model: CompressedModel, folder: Path) -> CompressedModel:
 def test_every_family_is_tried() -> None:
     tried = {make().family.name for make, _ in MODELS.values()}
     assert set(registry.names("families")) == {name.replace("_", "-") for name in tried}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_teacher_with_rounded_weights_answers_the_same_under_autocast(name: str) -> None:
+    model = made(name)
+    batch = {**model.family.example_batch(model.module.config, 3)}
+    cpu = torch.device("cpu")
+    with torch.no_grad(), computing(cpu, "bf16"):
+        before = model.family.forward(model.module, batch)
+    weights = sum(p.nbytes for p in model.module.parameters())
+    store_halves(model.module)
+    with torch.no_grad(), computing(cpu, "bf16"):
+        after = model.family.forward(model.module, batch)
+    assert sum(p.nbytes for p in model.module.parameters()) < 0.9 * weights
+    for tower, embeds in before.embeds.items():
+        assert torch.equal(embeds, after.embeds[tower]), tower
+    if before.logits is not None:
+        assert torch.equal(before.logits, after.logits)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -112,7 +112,7 @@ def _headline(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> s
         return many
     smallest, size = min(((e, row.disk_bytes) for e, row in known), key=lambda item: item[1])
     said = [(smallest.name, f"is the smallest ({bytes_scale([size])(size)})")]
-    if shared and all(shared[0] in row.latency_ms for _, row in known):
+    if shared and all(shared[0] in row.latency_ms and not _busy(e) for e, row in known):
         quickest, row = min(known, key=lambda item: item[1].latency_ms[shared[0]].p50)
         time, others = row.latency_ms[shared[0]], [r.latency_ms[shared[0]] for e, r in known if e is not quickest]
         if all(speed_verdict(other, time) == "faster" for other in others):
@@ -130,6 +130,11 @@ def _headline(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> s
 def _warnings(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> list[str]:
     found = [f"{e.name} is not finished: its last step so far is shown." for e in entries if not e.report.totals.finished]
     found += [f"{e.name} is synthetic: its numbers say nothing about real data." for e in entries if e.report.totals.synthetic]
+    found += [
+        f"{e.name}: other programs kept the machine busy while it was timed; its times are not to be trusted."
+        for e in entries
+        if _busy(e)
+    ]
     if len(entries) < 2:
         return found
     asked: dict[str, Callable[[Report], Any]] = {
@@ -151,6 +156,10 @@ def _warnings(entries: Sequence[Entry], metric: str, shared: Sequence[str]) -> l
     if not metric:
         found.append("No metric was measured in all runs: quality cannot be compared.")
     return found + _drift(entries, metric, shared)
+
+
+def _busy(entry: Entry) -> bool:
+    return any(row is not None and row.disturbed for row in (entry.baseline, entry.final))
 
 
 def _differs(what: str, entries: Sequence[Entry], values: Mapping[str, Any]) -> list[str]:
@@ -298,8 +307,10 @@ def _latency(comparison: Comparison, entry: Entry, batch: str) -> Cell:
     after = entry.final.latency_ms.get(batch) if entry.final else None
     if after is None:
         return Cell(MISSING)
-    verdict = speed_verdict(before, after)
     small: tuple[str, ...] = (f"from {ms.bare(before.p50)}",) if before else ()
+    if _busy(entry):
+        return Cell(ms.bare(after.p50), (*small, "not to be trusted"))
+    verdict = speed_verdict(before, after)
     if before and after.p50 > 0:
         small += (verdict if verdict == "no clear difference" else faster(before.p50 / after.p50),)
     return Cell(ms.bare(after.p50), small, "bad" if verdict == "slower" else "")

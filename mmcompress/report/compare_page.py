@@ -69,7 +69,7 @@ def _pictures(comparison: Comparison) -> list[tuple[Any, str, str]]:
         ("disk", f"disk, {unit.unit}", lambda r: r.disk_bytes / unit.divisor),
     ]
     for key, x_label, ask in options:
-        points = _points(comparison, ask)
+        points = _points(comparison, ask, x_label.split(", ")[-1])
         if not comparison.metric or not points:
             continue
         fmt = metric_format(comparison.entries[0].report, comparison.metric)
@@ -80,7 +80,7 @@ def _pictures(comparison: Comparison) -> list[tuple[Any, str, str]]:
     return found
 
 
-def _points(comparison: Comparison, ask: Callable[[Row], float | None]) -> list[Point]:
+def _points(comparison: Comparison, ask: Callable[[Row], float | None], unit: str) -> list[Point]:
     points = []
     for i, entry in enumerate(comparison.entries):
         fmt = metric_format(entry.report, comparison.metric)
@@ -94,7 +94,7 @@ def _points(comparison: Comparison, ask: Callable[[Row], float | None]) -> list[
                 x=x, y=quality.value * scale, label=entry.name if last else "", series=i % 8, shape=SHAPES[row.runtime],
                 y_interval=(quality.low * scale, quality.high * scale) if last or row is entry.baseline else None,
                 hollow=row.step == BASELINE, ghost=row.rolled_back, strong=last,
-                tip=f"{entry.name}, {row_name(row)}: {fmt.value(quality.value)} at {x:.3g}",
+                tip=f"{entry.name}, {row_name(row)}: {fmt.value(quality.value)} at {x:,.4g} {unit}",
             ))  # fmt: skip
     return points
 

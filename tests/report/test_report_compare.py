@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mmcompress.errors import UserError
-from mmcompress.report.compare import compare_reports, render_compare_text
+from mmcompress.report.compare import compare_reports, comparison_table, render_compare_text
 from mmcompress.report.compare_page import render_compare_html
 from mmcompress.report.schema import Report
 from tests.report import examples
@@ -114,3 +114,16 @@ def test_the_best_error_rate_is_the_lowest() -> None:
 def test_no_run_is_an_error() -> None:
     with pytest.raises(UserError, match="at least one run"):
         compare_reports([])
+
+
+def test_times_beside_a_busy_neighbour_are_not_compared() -> None:
+    busy = examples.full()
+    for row in busy.rows:
+        row.busy_cores = 1.0
+        row.disk_bytes += 1
+    found = compare_reports([("busy", busy), ("quiet", examples.full())])
+    assert found.headline == "Of 2 runs, quiet is the smallest (115 MB); accuracy is 86.2% in busy, 86.2% in quiet."
+    assert any(w.startswith("busy: other programs kept the machine busy") for w in found.warnings)
+    cells = {row[0].text: row[4].small for row in comparison_table(found).rows}
+    assert "not to be trusted" in cells["busy"]
+    assert "4.92x faster" in cells["quiet"]

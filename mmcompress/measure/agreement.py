@@ -16,6 +16,8 @@ from mmcompress.tasks._observed import Observed
 
 MOST_NAMES = 1_000
 """With more different answers than this there is no looking for pairs that were exchanged."""
+FEWEST_SWAPPED = 4
+"""Answers that the baseline gave less often are too few to call swapped."""
 SURE_SHARE = 0.25
 """An exchange is told if the 95% interval of either direction's share lies above this."""
 
@@ -81,7 +83,7 @@ def exchanges(before: np.ndarray, after: np.ndarray, names: Sequence[str], most:
     """The pairs of answers that are exchanged most in both directions, the ones that look swapped first.
 
     Two answers look swapped where the model gives the one for most items that the baseline gave the other for, and the other
-    way round, with Wilson's 95% intervals of both shares above one quarter. What the true answer is does not matter.
+    way round, with Wilson's 95% intervals of both shares above one quarter, and at least four items each. What the true answer is does not matter.
 
     Args:
         before: (M,), the baseline's answers as numbers into ``names``.
@@ -98,8 +100,8 @@ def exchanges(before: np.ndarray, after: np.ndarray, names: Sequence[str], most:
         if not both[a, b]:
             break
         sides = [(int(table[x, y]), int(table[x].sum()), int(table[x, x])) for x, y in ((a, b), (b, a))]
-        swapped = all(moved > stayed and _at_least(moved, n) > SURE_SHARE for moved, n, stayed in sides)
-        found.append(Exchange(names[a], names[b], sides[0][0], sides[0][1], sides[1][0], sides[1][1], swapped))
+        sure = [n >= FEWEST_SWAPPED and moved > stayed and _at_least(moved, n) > SURE_SHARE for moved, n, stayed in sides]
+        found.append(Exchange(names[a], names[b], sides[0][0], sides[0][1], sides[1][0], sides[1][1], all(sure)))
     return sorted(found, key=lambda e: not e.swapped)[:most]
 
 

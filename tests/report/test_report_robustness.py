@@ -37,7 +37,8 @@ def condition(name: str, group: str, drops: list[tuple[float, float]], verdict: 
     return Condition.model_validate(
         {
             "name": name, "group": group, "description": f"what {name} is", "degrees": degrees, "extra": estimate(extra),
-            "p": 0.01, "p_adjusted": 0.02, "verdict": verdict, "error_ratio": 1.25 if group == "media" else None, "drop_ratio": None,
+            "p": 0.01, "p_adjusted": 0.02, "verdict": verdict,
+            "error_ratio": 1.25 if group == "media" else None, "drop_ratio": None,
         }
     )  # fmt: skip
 

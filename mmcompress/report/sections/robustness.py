@@ -256,7 +256,7 @@ def _table(group: str, caption: str, conditions: Sequence[Condition], fmt: Metri
                 Cell(fmt.value(last.final.value), (strongest,)),
                 Cell(fmt.bare(_mean([d.baseline_drop.value for d in c.degrees]))),
                 Cell(fmt.bare(_mean([d.final_drop.value for d in c.degrees]))),
-                Cell(fmt.signed(c.extra.value), (_interval(c.extra, fmt),), TONES[c.verdict]),
+                Cell(fmt.signed(c.extra.value), (_interval(c.extra, fmt),), "" if group == "modality" else TONES[c.verdict]),
                 Cell(f"{c.p_adjusted:.3f}" if c.p_adjusted >= 0.001 else "< 0.001"),
                 *([Cell(_number(c.error_ratio)), Cell(_number(c.drop_ratio))] if ratios else []),
                 Cell(c.verdict),

@@ -220,6 +220,9 @@ def evaluate(
     recipe: RecipeFile,
     model: Annotated[str, typer.Argument(help="A model folder, hub id, or folder with ONNX components.", show_default=False)],
     sets: Sets = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Score it on damaged inputs too, as report.robustness says, or by default.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score any model on a recipe's task and evaluation data."""
@@ -227,9 +230,14 @@ def evaluate(
 
     plan = load_recipe(recipe, sets or [])
     with _quiet():
-        from mmcompress.evaluate import evaluate_model, render_evaluation
+        from rich.console import Console
 
-        found = evaluate_model(plan, model)
+        from mmcompress.evaluate import evaluate_model, render_evaluation
+        from mmcompress.progress import TerminalReporter
+
+        reporter = TerminalReporter(Console(file=_streams[1] if _streams else sys.stderr))
+        with reporter.live():
+            found = evaluate_model(plan, model, robustness=robustness, reporter=reporter)
         if as_json:
             _print_json(found)
         else:

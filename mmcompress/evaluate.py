@@ -14,18 +14,22 @@ from mmcompress.measure.clusters import clustered
 from mmcompress.measure.quality import class_scores, qualities
 from mmcompress.model import load
 from mmcompress.processor import load_processor
-from mmcompress.progress import SILENT
+from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe
+from mmcompress.robust import render_robustness, robustness_of_model
 from mmcompress.runtimes.base import Predict
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
 
 
-def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
+def evaluate_model(recipe: Recipe, source: str, *, robustness: bool = False, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Scores a model folder, a hub id or a folder with ONNX components.
 
     A folder that holds weights is run by torch; one that holds only ``.onnx`` files (beside the tokenizer and image processor)
     by ONNX Runtime.
+
+    Args:
+        robustness: score it under the conditions of ``report.robustness`` too, the default ones where the recipe has none.
     """
     where = resolve(source)
     examples = load_source(recipe.data.eval, "eval", recipe.seed)
@@ -49,6 +53,7 @@ def evaluate_model(recipe: Recipe, source: str) -> dict[str, Any]:
         "lower_is_better": sorted(recipe.task.lower_is_better),
         "classes": {k: v.model_dump() for k, v in class_scores(scores).items()},
         "skipped": scores.skipped,
+        **({"robustness": robustness_of_model(recipe, predict, processor, examples, reporter)} if robustness else {}),
     }
 
 
@@ -79,6 +84,8 @@ def render_evaluation(found: dict[str, Any]) -> str:
         worst = sorted(found["classes"].items(), key=lambda kv: (kv[1]["recall"] is None, kv[1]["recall"]))[:5]
         shown = [[k, _percent(c["precision"]), _percent(c["recall"]), c["n"]] for k, c in worst]
         lines += ["", "lowest recall:", tabulate(shown, headers=["class", "precision", "recall", "n"], disable_numparse=True)]
+    if "robustness" in found:
+        lines += ["", render_robustness(found["robustness"], next(iter(found["quality"])))]
     if found["skipped"]:
         lines.append(f"\n{found['skipped']} examples were skipped: they do not decode")
     return "\n".join(lines)

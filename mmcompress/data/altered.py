@@ -51,6 +51,11 @@ class Altered(Examples):
         labels = self.base.labels()
         return [labels[i] for i in self.chosen]
 
+    def values(self, role: str) -> Sequence[Any]:
+        """A role's column as it is in the data, without the change."""
+        values = self.base.values(role)
+        return [values[i] for i in self.chosen]
+
     def _row(self, index: int, columns: Mapping[str, str]) -> dict[str, Any]:
         found: dict[str, Any] = {"index": index}
         for role, column in columns.items():

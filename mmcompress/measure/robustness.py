@@ -22,10 +22,12 @@ from mmcompress.errors import DataError, ModelError
 from mmcompress.files import writing_folder
 from mmcompress.measure import shift
 from mmcompress.measure.attack import METHODS, Attack, why_not
+from mmcompress.measure.clusters import clustered
 from mmcompress.measure.corruptions.cells import CLEAN, Cell, altered, planned
 from mmcompress.measure.paired_drops import Drops, Scored
 from mmcompress.measure.robustness_results import of_attacks, of_cells, over_all
 from mmcompress.model import CompressedModel
+from mmcompress.processor import Processor
 from mmcompress.progress import Reporter
 from mmcompress.report.schema_robustness import Robustness, Shift
 from mmcompress.robustness_settings import Robustness as Settings
@@ -123,21 +125,22 @@ class RobustnessMeter:
         done = [self._saved(subject, cell.key) for subject in subjects]
         if all(one is not None for one in done):
             return [one for one in done if one is not None]
-        side = model_side(subjects[0].model)
+        side = model_side(subjects[0].model.processor)
         view = altered(examples, cell, self.task, self.seed, side)
         found: list[Scored] = []
         for who, (subject, one) in enumerate(zip(subjects, done, strict=True)):
-            if who and not same_media(subjects[0].model, subject.model):
+            if who and not same_media(subjects[0].model.processor, subject.model.processor):
                 view = altered(examples, cell, self.task, self.seed, side)  # prepared anew, by its own processor
             try:
-                found.append(one or self._score(subject, view, cell.key))
+                found.append(one or self._score(subject, view, examples, cell.key))
             except (ModelError, DataError) as e:
                 notes.append(f"{cell.name}{f' at severity {cell.severity}' * (cell.severity > 0)}: {subject.name}: {e}")
         return found
 
-    def _score(self, subject: Subject, view: Examples, key: str) -> Scored:
+    def _score(self, subject: Subject, view: Examples, examples: Examples, key: str) -> Scored:
         metric = next(iter(self.task.metrics))
         scores = self.task.evaluate(subject.predict, subject.model.processor, view, self.reporter)
+        scores = clustered(scores, examples)
         if metric not in scores.per_example or scores.kept is None:
             raise ModelError(f"{self.task.type} gives no {metric} example by example")
         made = Scored(scores.per_example[metric], scores.kept, scores.weights.get(metric), numbered(scores.clusters))
@@ -198,7 +201,7 @@ class RobustnessMeter:
                 if one is None:
                     scale = scale_of(subject.model)[0] if softmax else None
                     # A view of its own for each model: what is prepared is kept by examples, whatever processor made it.
-                    view = altered(examples, CLEAN, self.task, self.seed, model_side(subjects[0].model))
+                    view = altered(examples, CLEAN, self.task, self.seed, model_side(subjects[0].model.processor))
                     kept, values = shift.confidences(
                         subject.predict, subject.model.processor, view, candidates[0], scale, self.reporter
                     )
@@ -234,21 +237,22 @@ def some(examples: Examples, samples: int, seed: int) -> Examples:
     return examples.take(sorted(int(i) for i in chosen))
 
 
-def model_side(model: CompressedModel) -> int:
+def model_side(processor: Processor) -> int:
     """The shorter side, in pixels, that larger pictures are brought to: what the model takes, or `USUAL_SIDE`."""
-    family = model.family
-    if family.media_shapes_vary or "image" not in family.media:
+    family, config = processor.family, processor.config
+    if family is None or config is None or family.media_shapes_vary or "image" not in family.media:
         return USUAL_SIDE
-    example = family.example_batch(model.module.config, 1).get("pixel_values")
+    example = family.example_batch(config, 1).get("pixel_values")
     return int(min(example.shape[-2:])) if example is not None and example.dim() == 4 else USUAL_SIDE
 
 
-def same_media(one: CompressedModel, other: CompressedModel) -> bool:
+def same_media(one: Processor, other: Processor) -> bool:
     """Whether two models are given the same tensors of a picture or recording."""
 
-    def settings(model: CompressedModel) -> list[Any]:
-        parts = (model.processor.image_processor, model.processor.feature_extractor)
-        return [model.family.name, *(None if part is None else part.to_dict() for part in parts)]
+    def settings(processor: Processor) -> list[Any]:
+        parts = (processor.image_processor, processor.feature_extractor)
+        name = None if processor.family is None else processor.family.name
+        return [name, *(None if part is None else part.to_dict() for part in parts)]
 
     return bool(settings(one) == settings(other)) and model_side(one) == model_side(other)
 

@@ -316,6 +316,7 @@ def test_both_models_see_the_same_pictures_and_labels_stay() -> None:
     assert one[2]["text"] == examples[2]["text"]
     assert one.take([5, 3]).media(0).tobytes() == one.media(5).tobytes()  # type: ignore[union-attr]
     assert one.take([5, 3]).labels() == [examples.labels()[i] for i in (5, 3)]
+    assert list(one.take([5, 3]).values("label")) == [examples.labels()[i] for i in (5, 3)]
 
 
 def test_the_clean_condition_changes_nothing_but_the_size_of_large_pictures() -> None:

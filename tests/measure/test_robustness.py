@@ -154,8 +154,8 @@ def test_both_models_are_given_the_same_tensors(tmp_path: Path) -> None:
 def test_a_model_with_another_processor_sees_the_pictures_through_its_own(tmp_path: Path) -> None:
     model, other = tiny.clip(), tiny.clip()
     other.processor.image_processor.image_mean = [0.0, 0.0, 0.0]
-    assert same_media(model, tiny.clip())
-    assert not same_media(model, other)
+    assert same_media(model.processor, tiny.processor())
+    assert not same_media(model.processor, other.processor)
     one, two = SeesColours(), SeesColours()
     settings = Robustness(corruptions=["jpeg"], severities=[1], text=False, modality=False, adversarial=None)
     found = meter(tmp_path, settings).measure(subject("baseline.torch", one, model), subject("x.torch", two, other))
@@ -233,5 +233,5 @@ def test_a_sample_is_the_same_each_time_and_in_order() -> None:
     one, two = some(own, 5, 0), some(own, 5, 0)
     assert [one[i]["label"] for i in range(5)] == [two[i]["label"] for i in range(5)]
     assert some(own, 20, 0) is own
-    assert model_side(tiny.clip()) == 16
-    assert model_side(tiny_siglip2.siglip2()) == robustness.USUAL_SIDE
+    assert model_side(tiny.processor()) == 16
+    assert model_side(tiny_siglip2.siglip2().processor) == robustness.USUAL_SIDE

@@ -61,7 +61,7 @@ def multiple(
         return LEFT + (place + 0.5) * (WIDTH - LEFT - RIGHT) / len(degrees)
 
     parts = []
-    for y in ticks(low, high, 3):
+    for y in ticks(low, high, 4):
         line = '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
         parts.append(Markup(line).format(LEFT, WIDTH - RIGHT, to_y(y), to_y(y)))
         parts.append(

@@ -43,8 +43,8 @@ def section(report: Report, folder: Path | None) -> Section | None:
         return None
     fmt = metric_format(report, found.metric)
     said, tables = words(found, fmt), _tables(found, fmt)
-    html = Markup("").join(Markup("<p>{}</p>").format(nice(text)) for text in said)
-    html += pictures(found, fmt) + Markup("").join(html_table(table, (0,)) for table in tables)
+    lead, *rest = [Markup("<p>{}</p>").format(nice(text)) for text in said] or [Markup("")]
+    html = Markup("").join([lead, pictures(found, fmt), *rest, *(html_table(table, (0,)) for table in tables)])
     lines = [textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in said]
     return Section(
         ANCHOR,

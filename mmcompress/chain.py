@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from mmcompress import __version__, processes
 from mmcompress.config import resolve
 from mmcompress.data.examples import Examples
-from mmcompress.data.leaks import shared_media
-from mmcompress.data.prepare import WORDS
+from mmcompress.data.leaks import find_leaks, refuse
 from mmcompress.environment import environment
 from mmcompress.errors import UserError
 from mmcompress.files import disk_error, folder_bytes, is_full_disk, write_json, write_text, writing_folder
@@ -36,10 +35,12 @@ from mmcompress.recipe import Recipe, load_recipe, make_recipe, margins, resolve
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
 from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
+from mmcompress.report.schema_data import Leaks
 from mmcompress.report.schema_robustness import Robustness
+from mmcompress.report.words import leak_words
 from mmcompress.report.write import write_report
 from mmcompress.robust import robustness_of_run
-from mmcompress.run_folder import STATE_FILE, STEP_FILE, TRAINING, clear, exclusive, write_final
+from mmcompress.run_folder import LEAKS_FILE, STATE_FILE, STEP_FILE, TRAINING, clear, exclusive, write_final
 from mmcompress.runtimes.onnx_predict import component_files
 from mmcompress.steps import apply_step, follow, load_examples, step_names
 
@@ -196,13 +197,22 @@ class Chain:
             self.reporter.say(f"warning: {text}")
 
     def _look_for_leaks(self, data: dict[str, Examples]) -> None:
-        for which in ("train", "calibration"):
-            if which in data and self.recipe.data.eval is not None:
-                count = shared_media(data[which], data["eval"])
-                if count:
-                    what = f"{WORDS[data['eval'].kind]}s"
-                    text = f"{count} of {len(data['eval'])} evaluation {what} are also in data.{which}: quality is overstated."
-                    self.warnings.append(Warning_(step="baseline", text=text))
+        """Looks once: the inputs of a run that goes on are those of its beginning.
+
+        Raises:
+            DataError: evaluation examples are in training or calibration data, and the recipe does not allow it.
+        """
+        kept = self.folder / "measurements" / LEAKS_FILE
+        if kept.exists():
+            self.leaks = Leaks.model_validate_json(kept.read_text())
+            return
+        drawn = {which: source.from_ for which in data if (source := getattr(self.recipe.data, which)) and source.from_}
+        self.leaks = find_leaks(data, drawn=drawn, reporter=self.reporter)
+        self.leaks.allowed = self.recipe.data.allow_leaks
+        if not self.leaks.allowed:
+            refuse(self.leaks, {which: examples.name for which, examples in data.items()})
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, self.leaks.model_dump(mode="json"))
 
     # The steps.
 
@@ -375,6 +385,7 @@ class Chain:
             gates=self.gates,
             warnings=self.warnings,
             robustness=self.robustness,
+            leaks=self.leaks,
             totals=totals(
                 self.rows,
                 name=self.recipe.name,
@@ -383,6 +394,7 @@ class Chain:
                 finished=finished,
                 synthetic=synthetic,
                 lower_is_better=self.recipe.task.lower_is_better,
+                caveat=leak_words(self.leaks),
             ),
         )
         keep_media(final.behaviour, self.data["eval"], self.folder)

@@ -7,18 +7,22 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mmcompress.data.leaks import find_leaks, refuse
 from mmcompress.data.sources import is_local, load_source
 from mmcompress.plan import plan
 from mmcompress.recipe import Recipe, Source
 from mmcompress.robust import robustness_plan
 from mmcompress.steps import load_outside
 
+FEW = 50_000
+"""Examples up to which a check looks for duplicates, so that it takes seconds."""
+
 
 def render_plan(recipe: Recipe) -> str:
     """The data that was found, and a line for each step with what it costs, estimated from the config alone.
 
     Raises:
-        UserError: a pass does not fit the model, or local data does not fit the task.
+        UserError: a pass does not fit the model, or local data does not fit the task, or its splits share files byte for byte.
     """
     found = local_data(recipe)
     steps = plan(recipe, found.get("train"))
@@ -51,7 +55,13 @@ def render_plan(recipe: Recipe) -> str:
 
 
 def local_data(recipe: Recipe) -> dict[str, int]:
-    """Opens the splits that lie on this machine, checks that the task finds its columns, and counts their examples."""
+    """Opens the splits that lie on this machine, checks that the task finds its columns, and counts their examples.
+
+    Copies that are stored as other bytes are left to the run: finding them takes decoding.
+
+    Raises:
+        DataError: a split cannot be read, or a small one shares files with another and the recipe does not allow it.
+    """
     found = {}
     for which in ("train", "calibration", "eval"):
         source: Source | None = getattr(recipe.data, which)
@@ -59,16 +69,19 @@ def local_data(recipe: Recipe) -> dict[str, int]:
         if source is None or not paths or not all(is_local(p) for p in paths):
             continue
         examples = load_source(source, which, recipe.seed)
-        examples.need(recipe.task.roles, recipe.task.type)
-        found[which] = len(examples)
+        examples.narrow(recipe.task.roles, recipe.task.type, recipe.task.optional)
+        found[which] = examples
+    counts = {which: len(examples) for which, examples in found.items()}
+    if not recipe.data.allow_leaks and sum(counts.values()) <= FEW:
+        refuse(find_leaks(found, decode=False), {which: examples.name for which, examples in found.items()})
     ood = recipe.data.ood
     if (
         ood is not None
         and ood.path is not None
         and all(is_local(p) for p in ([ood.path] if isinstance(ood.path, str) else ood.path))
     ):
-        found["ood"] = len(load_outside(recipe) or ())
-    return found
+        counts["ood"] = len(load_outside(recipe) or ())
+    return counts
 
 
 def _time(seconds: float | None) -> str:

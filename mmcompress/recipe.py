@@ -104,6 +104,11 @@ class Data(_Strict):
         description="Another data set of pictures or recordings, which the model is not for: how well does its confidence tell "
         "them from those of `eval`?",
     )
+    allow_leaks: bool = Field(
+        False,
+        description="Go on where evaluation examples are in the training or calibration data too (the same pixels, samples or "
+        "text). Otherwise that is an error; with it the report says so in its headline.",
+    )
 
 
 class Gate(_Strict):

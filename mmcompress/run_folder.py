@@ -14,6 +14,8 @@ from mmcompress.files import PARTIAL, disk_error, link_or_copy, writing_folder
 
 STATE_FILE = "run.json"
 STEP_FILE = "step.json"
+LEAKS_FILE = "leaks.json"
+"""In `measurements`: what the splits have in common, looked for once."""
 TRAINING = ".training"
 """Where the states of a step's unfinished trainings are."""
 OWN = ("recipe.yaml", "report.html", "report.md", "report.json", "README.md", "log.txt", STATE_FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pillow
 from transformers import CLIPModel
 
 import mmcompress as mm
@@ -24,6 +26,7 @@ from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError,
 from mmcompress.measure import latency, worker
 from mmcompress.model import align, load
 from mmcompress.report.read import open_run
+from mmcompress.report.text import bad_news
 from tests import tiny
 
 FULL = [
@@ -324,12 +327,40 @@ def test_a_read_only_place(tmp_path: Path) -> None:
         mm.run(recipe, tmp_path / "locked" / "run")
 
 
-def test_leaked_pictures_are_in_the_report(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
-    shutil.copy(tmp_path / "train.parquet", tmp_path / "test.parquet")
+def test_leaked_pictures_stop_a_run_or_are_the_first_that_its_report_says(tmp_path: Path) -> None:
+    """30 training pictures are in the test data, as other bytes of the same pixels."""
+    passes = [{"pass": "prune", "axis": "ffn", "ratio": {"vision": 0.5}}]
+    recipe = tiny.recipe(tmp_path, passes=passes)
+    train, test = tiny.rows(48, 0), tiny.rows(48, 1)
+    for i in range(30):
+        picture = Pillow.open(io.BytesIO(train["image"][i]["bytes"]))
+        again = io.BytesIO()
+        picture.save(again, format="BMP" if i % 2 else "PNG", compress_level=1)
+        test["image"][i + 5] = {"bytes": again.getvalue(), "path": None}
+        test["label"][i + 5], test["caption"][i + 5] = train["label"][i], train["caption"][i]
+    assert not {i["bytes"] for i in train["image"]} & {i["bytes"] for i in test["image"]}
+    features = tiny.dataset(1).features
+    Dataset.from_dict(train, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    Dataset.from_dict(test, features=features).to_parquet(str(tmp_path / "test.parquet"))
+    said = (
+        r"^30 of 48 pictures of data.eval \(test.parquet\) are also in data.train \(train.parquet\) \(30 of them as other bytes, "
+        r"with the same content\): rows 5, 6, 7, 8, 9, ... are rows 0, 1, 2, 3, 4, ... there.*data.allow_leaks: true"
+    )
+    with pytest.raises(DataError, match=said):
+        mm.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe["data"]["allow_leaks"] = True
     report = mm.run(recipe, tmp_path / "run").report
-    assert any("48 of 48 evaluation pictures are also in data.train" in w.text for w in report.warnings)
-    assert "48 of 48" in (tmp_path / "run" / "report.md").read_text()
+    words = "30 of 48 evaluation pictures are also in data.train"
+    assert words in report.totals.headline
+    assert words in bad_news(report)[0].text
+    assert report.leaks is not None
+    assert (report.leaks.allowed, report.leaks.found[0].examples, report.leaks.found[0].reencoded) == (True, 30, 30)
+    for name in ("report.md", "report.html", "README.md"):
+        assert words in (tmp_path / "run" / name).read_text()
+    # A second call reads what was found.
+    again = mm.run(recipe, tmp_path / "run").report
+    assert again.leaks == report.leaks
 
 
 def test_classes_that_are_only_numbers_are_said(tmp_path: Path) -> None:

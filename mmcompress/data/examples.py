@@ -30,6 +30,7 @@ class Examples(Sequence[dict[str, Any]]):
         classes: names of the labels, or None where the data has no labels.
         synthetic: True for bundled data, which reports must say.
         folder: where relative paths of pictures and recordings begin.
+        places: for each row its number in the source, where some were chosen; None where these are all.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Examples(Sequence[dict[str, Any]]):
         self.classes = list(classes) if classes is not None else None
         self.skip_damaged = skip_damaged
         self.synthetic = synthetic
+        self.places: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,7 +117,13 @@ class Examples(Sequence[dict[str, Any]]):
     def take(self, indices: Sequence[int]) -> Examples:
         """The examples at these indices, in this order."""
         rows = self.rows.select(list(indices)) if isinstance(self.rows, datasets.Dataset) else _Chosen(self.rows, indices)
-        return Examples(rows, self.name, self.columns, self.classes, self.skip_damaged, self.synthetic, self.folder)
+        found = Examples(rows, self.name, self.columns, self.classes, self.skip_damaged, self.synthetic, self.folder)
+        found.places = [self.place(i) for i in indices]
+        return found
+
+    def place(self, index: int) -> int:
+        """The number that row ``index`` has in the source, where these examples were chosen from more."""
+        return index if self.places is None else self.places[index]
 
     def need(self, roles: Mapping[str, str], who: str, optional: Collection[str] = ()) -> None:
         """Checks that every role a task reads has a column, but for those it can do without.

@@ -102,21 +102,24 @@ def totals(
     finished: bool,
     synthetic: bool,
     lower_is_better: Collection[str] = (),
+    caveat: str = "",
 ) -> Totals:
     """The run in a few numbers.
 
     Args:
         metric: the task's headline metric.
         final: the row of the model that the run ends with; None where nothing but the baseline was measured.
+        caveat: what makes the quality not to be believed, for the headline.
     """
     baseline = next((row for row in rows if row.step == "baseline" and row.runtime == "torch"), rows[0] if rows else None)
     seconds = sum({row.step: row.seconds for row in rows}.values())
     if baseline is None or final is None:
-        text = f"{name}: not finished; nothing was compressed yet." if not finished else f"{name}: no pass was run."
+        text = f"{name}: not finished; nothing was compressed yet" if not finished else f"{name}: no pass was run"
+        text += f"; quality is overstated ({caveat})." if caveat else "."
         return Totals(headline=text, finished=finished, metric=metric, seconds=seconds, synthetic=synthetic)
     gains = {batch: _gain(rows, final, batch) for batch in final.latency_ms}
     return Totals(
-        headline=_headline(name, baseline, final, gains, metric, finished, metric in lower_is_better),
+        headline=_headline(name, baseline, final, gains, metric, finished, metric in lower_is_better, caveat),
         finished=finished,
         final_step=final.step,
         final_runtime=final.runtime,
@@ -152,7 +155,9 @@ def _gain(rows: Sequence[Row], final: Row, batch: str) -> Gain:
     )
 
 
-def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metric: str, finished: bool, lower: bool) -> str:
+def _headline(
+    name: str, baseline: Row, final: Row, gains: dict[str, Gain], metric: str, finished: bool, lower: bool, caveat: str
+) -> str:
     parts = [
         f"{_millions(baseline.parameters)} to {_millions(final.parameters)} parameters",
         f"{baseline.disk_bytes / 1e6:.1f} to {final.disk_bytes / 1e6:.1f} MB on disk",
@@ -174,7 +179,8 @@ def _headline(name: str, baseline: Row, final: Row, gains: dict[str, Gain], metr
             said += [f"{_points(change.difference)} points", f"95% interval {_points(change.low)} to {_points(change.high)}"]
             said += [change.conclusion] if change.conclusion else []
         parts.append(f"{text} ({', '.join(said)})" if said else text)
-    return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + "."
+    caveat = f"; quality is overstated ({caveat})" if caveat else ""
+    return f"{name}{'' if finished else ' (not finished)'}: " + ", ".join(parts) + f"{caveat}."
 
 
 def _millions(count: int) -> str:

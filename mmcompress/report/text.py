@@ -36,7 +36,7 @@ from mmcompress.report.format import (
 from mmcompress.report.schema import GateResult, Report, Row
 from mmcompress.report.sections import all_alerts, all_sections
 from mmcompress.report.views import text_grid
-from mmcompress.report.words import change_alerts, change_tone
+from mmcompress.report.words import change_alerts, change_tone, leak_alerts
 
 WIDTH = 110
 UNSTEADY = 1.5
@@ -131,7 +131,7 @@ def _quality_chip(report: Report) -> Chip:
 
 def bad_news(report: Report) -> list[Alert]:
     """What speaks against the result besides gates (``gate_words`` has those), worst first."""
-    alerts: list[Alert] = []
+    alerts = leak_alerts(report.leaks)
     if not report.totals.finished:
         done = len({row.step for row in report.rows} - {BASELINE})
         alerts.append(

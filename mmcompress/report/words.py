@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmcompress.report.alerts import Alert, Tone
 from mmcompress.report.format import MetricFormat
 from mmcompress.report.schema import Change
+from mmcompress.report.schema_data import Leaks
 
 
 def change_tone(change: Change) -> Tone:
@@ -54,3 +55,17 @@ def change_note(metric: str, change: Change) -> str:
     if change.conclusion.startswith("not enough"):
         return f"{metric} against the baseline's: {change.words} {facts}."
     return ""
+
+
+def leak_words(leaks: Leaks | None) -> str:
+    """``"30 of 200 evaluation pictures are also in data.train"`` where the recipe allowed that; else nothing."""
+    if leaks is None or not leaks.found:
+        return ""
+    parts = [f"{p.examples:,} of {p.n:,} evaluation {leaks.what}s are also in data.{p.first}" for p in leaks.found]
+    return " and ".join([parts[0], *(part.replace("evaluation ", "") for part in parts[1:])])
+
+
+def leak_alerts(leaks: Leaks | None) -> list[Alert]:
+    """Nothing else on the page can be believed where the model has seen what it is scored on."""
+    words = leak_words(leaks)
+    return [Alert("bad", f"{words} (data.allow_leaks): quality is overstated.")] if words else []

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from mmcompress.data.examples import as_examples, decode_image
-from mmcompress.data.leaks import shared_media
 from mmcompress.data.sources import load_data, load_source
 from mmcompress.errors import DataError
 from mmcompress.recipe import Data, Source
@@ -180,10 +179,3 @@ def test_transparent_pixels_are_laid_on_white() -> None:
 def test_what_does_not_decode_is_an_error(value: object) -> None:
     with pytest.raises(DataError, match="here: "):
         decode_image(value, "here")
-
-
-def test_shared_media_are_counted(tmp_path: Path) -> None:
-    a = load_source(source(path=str(tiny.parquet(tmp_path / "a.parquet", 10, 0))), "train", 0)
-    b = load_source(source(path=str(tiny.parquet(tmp_path / "b.parquet", 10, 1))), "eval", 0)
-    assert shared_media(a, b) == 0
-    assert shared_media(a, a.take([1, 2, 3])) == 3

@@ -29,6 +29,7 @@ from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.rows import Meter, export_float
 from mmcompress.measure.slicing import check_columns
 from mmcompress.model import CompressedModel, load
+from mmcompress.origins import origins
 from mmcompress.passes.base import Pass
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe, load_recipe, make_recipe, margins, resolved
@@ -147,6 +148,7 @@ class Chain:
         check_columns(data["eval"], self.recipe.report.slices or [])
         self.meter = Meter(self.recipe.task, data["eval"], self.recipe.report, self.reporter, margins=margins(self.recipe))
         self._look_for_leaks(data)
+        self.origins = origins(self.recipe, data)
         self._look_for_numbers(data)
         self.data = data
         self._baseline()
@@ -386,6 +388,7 @@ class Chain:
             warnings=self.warnings,
             robustness=self.robustness,
             leaks=self.leaks,
+            origins=self.origins,
             totals=totals(
                 self.rows,
                 name=self.recipe.name,

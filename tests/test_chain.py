@@ -253,7 +253,7 @@ def edit(folder: Path, what: str) -> dict[str, Any]:
         path = folder / "model" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
     elif what == "picture":
-        rows = tiny.rows(40)
+        rows = tiny.rows(40, 1)
         rows["image"][7] = {"bytes": b"junk", "path": None}
         Dataset.from_dict(rows, features=tiny.dataset(1).features).to_parquet(str(folder / "test.parquet"))
     elif what == "empty":

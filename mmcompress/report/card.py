@@ -9,12 +9,12 @@ import yaml
 
 from mmcompress.report.format import BASELINE, RUNTIMES, fill_template, final_row, headline_metric, row_name, speeds
 from mmcompress.report.html import subtitle
+from mmcompress.report.licences import card_datasets, card_licence, is_hub_id, licence_words
 from mmcompress.report.markdown import cost_table, results_table
 from mmcompress.report.schema import Report, Row
+from mmcompress.report.sections.data import origins_table
 from mmcompress.report.text import SYNTHETIC, bad_news, gate_words, speed_words
 from mmcompress.report.views import escape_markdown, fence, markdown_table
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def render_card(report: Report) -> str:
@@ -35,6 +35,8 @@ def render_card(report: Report) -> str:
         "has_onnx": final is not None and any(r.runtime != "torch" for r in shown if r.step == final.step),
         "final": row_name(final) if final else "",
         "results": markdown_table(results_table(report.model_copy(update={"rows": shown}))) if shown else "",
+        "licence": licence_words(report.origins),
+        "origins": markdown_table(table) if (table := origins_table(report.origins)) else "",
         "made": markdown_table(made) if made else "",
         "environment": [(k, v) for k, v in report.environment.items() if not isinstance(v, dict | list)],
     }
@@ -45,20 +47,23 @@ def render_card(report: Report) -> str:
 def metadata(report: Report) -> dict[str, Any]:
     """The card's YAML header, as https://huggingface.co/docs/hub/model-cards describes it.
 
-    ``base_model`` is written only where the recipe names a model of the hub, and the licence is never guessed.
+    ``base_model`` and ``datasets`` are written only where hub ids are known, and licences are never guessed.
     """
     recipe = report.recipe
     model, task = str(recipe.get("model", "")), recipe.get("task")
     kind = str(task.get("type", "")) if isinstance(task, dict) else ""
     kept = _kept_passes(report)
-    found: dict[str, Any] = {"license": "unknown"}
+    found: dict[str, Any] = card_licence(report.origins)
     last = _model_row(report)
     if last is None or last.loads_with == "transformers":
         found["library_name"] = "transformers"
-    if _HUB_ID.fullmatch(model):
-        found["base_model"] = model
+    base = next((o.hub_id for o in report.origins if o.role == "model"), model if is_hub_id(model) else None)
+    if base is not None:
+        found["base_model"] = base
         if "quantize" in kept:
             found["base_model_relation"] = "quantized"
+    if used := card_datasets(report.origins):
+        found["datasets"] = used
     if kind:
         found["pipeline_tag"] = kind
     runtimes = {row.runtime for row in report.rows if not row.rolled_back and row.step != BASELINE}
@@ -76,18 +81,21 @@ def _results(report: Report, kind: str) -> list[dict[str, Any]]:
         return []
     data = report.recipe.get("data")
     held_out = data.get("eval") if isinstance(data, dict) else None
-    name = held_out.get("path") if isinstance(held_out, dict) else held_out
-    name = str(name) if name else "not recorded"
+    source = held_out if isinstance(held_out, dict) else {"path": held_out}
+    name = str(source.get("path") or "not recorded")
+    hub = next((o.hub_id for o in report.origins if o.role == "eval"), None)
+    data_set = {"name": name, "type": hub or name} | {key: source[key] for key in ("config", "split") if source.get(key)}
     headline = headline_metric(report)
     metrics = [
         {
             "type": metric,
             "value": round(quality.value, 6),
             "name": f"{metric} ({RUNTIMES[final.runtime]}, {final.precision}, n = {quality.n})",
+            "args": {"low": round(quality.low, 6), "high": round(quality.high, 6), "n": quality.n},
         }
         for metric, quality in sorted(final.quality.items(), key=lambda item: item[0] != headline)
     ]
-    return [{"task": {"type": kind or "other"}, "dataset": {"name": name, "type": name}, "metrics": metrics}]
+    return [{"task": {"type": kind or "other"}, "dataset": data_set, "metrics": metrics}]
 
 
 def _kept_passes(report: Report) -> list[str]:

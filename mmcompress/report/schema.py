@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmcompress.report.frame import flat_row
 from mmcompress.report.schema_behaviour import Behaviour
-from mmcompress.report.schema_data import Leaks
+from mmcompress.report.schema_data import Leaks, Origin
 from mmcompress.report.schema_robustness import Robustness
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ class Report(_Model):
     warnings: list[Warning_] = Field(default_factory=list)
     robustness: Robustness | None = Field(None, description="The final model under conditions that it was not meant for.")
     leaks: Leaks | None = Field(None, description="Duplicates between the splits; null in reports of earlier versions.")
+    origins: list[Origin] = Field(default_factory=list, description="Licence and source of every model and data set.")
     totals: Totals
 
     def to_frame(self) -> pd.DataFrame:

@@ -52,3 +52,21 @@ class Leaks(_Model):
     def found(self) -> list[Overlap]:
         """The pairs that make quality overstated."""
         return [pair for pair in self.pairs if pair.is_leak]
+
+
+UNKNOWN = "unknown"
+
+
+class Origin(_Model):
+    """Where a model or a data set comes from and under what licence; what nobody said is ``unknown``."""
+
+    role: Literal["model", "student", "teacher", "train", "calibration", "eval", "ood"]
+    name: str = Field(description="As the recipe names it.")
+    hub_id: str | None = Field(None, description="Its id on the Hugging Face hub, where it is known to have one.")
+    license: str = Field(UNKNOWN, description="An identifier as the hub has them, or the licence's name.")
+    license_link: str | None = None
+    license_from: Literal["recipe", "card", "data set", "mmcompress", "unknown"] = Field(
+        "unknown", description="Who says so: the recipe, the README.md of the model or data set, the data set's own information."
+    )
+    source: str = Field(UNKNOWN, description="A URL or a name.")
+    examples: int | None = Field(None, description="Of data: how many are used.")

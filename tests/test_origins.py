@@ -155,7 +155,7 @@ def test_the_report_has_a_table_of_licences_and_overlaps() -> None:
             assert words in text
     assert all(len(line) <= 110 for line in part.text.splitlines() if not line.startswith("Pictures of"))
     assert "7, 9, ... are 1, 2, ... there" in part.markdown
-    assert "## Data and licences" in render_markdown(report)
+    assert "<summary>Data and licences</summary>" in render_markdown(report)
     assert section.section(examples.full(), None) is None
 
 

@@ -122,7 +122,8 @@ class Browser:
         elif event == "Runtime.exceptionThrown":
             self.console.append(f"exception: {values['exceptionDetails']['text']}")
         elif event == "Network.requestWillBeSent":
-            self.requests.append(values["request"]["url"])
+            url = str(values["request"]["url"])
+            self.requests += [] if url.startswith("data:") else [url]  # those lie in the page itself
 
     def look(self, width: int, height: int, *, dark: bool = False, media: str = "") -> None:
         """The screen that the page is shown on; ``media`` may be ``print``."""

@@ -10,9 +10,11 @@ import yaml
 from mmcompress.report.format import BASELINE, RUNTIMES, fill_template, final_row, headline_metric, row_name, speeds
 from mmcompress.report.html import subtitle
 from mmcompress.report.licences import card_datasets, card_licence, is_hub_id, licence_words
-from mmcompress.report.markdown import cost_table, results_table
+from mmcompress.report.markdown import MARKS, cost_table, results_table
 from mmcompress.report.schema import Report, Row
-from mmcompress.report.sections.data import origins_table
+from mmcompress.report.sections import all_sections
+from mmcompress.report.sections.data import ANCHOR, origins_table
+from mmcompress.report.summary import summary_table
 from mmcompress.report.text import SYNTHETIC, bad_news, gate_words, speed_words
 from mmcompress.report.views import escape_markdown, fence, markdown_table
 
@@ -34,6 +36,11 @@ def render_card(report: Report) -> str:
         "loads_with": model.loads_with if model else "",
         "has_onnx": final is not None and any(r.runtime != "torch" for r in shown if r.step == final.step),
         "final": row_name(final) if final else "",
+        "summary": markdown_table(summary) if (summary := summary_table(report)) else "",
+        "parts": [
+            (s.title, without_examples(s.markdown)) for s in all_sections(report, None) if s.markdown and s.anchor != ANCHOR
+        ],
+        "marks": MARKS,
         "results": markdown_table(results_table(report.model_copy(update={"rows": shown}))) if shown else "",
         "licence": licence_words(report.origins),
         "origins": markdown_table(table) if (table := origins_table(report.origins)) else "",
@@ -42,6 +49,11 @@ def render_card(report: Report) -> str:
     }
     filters = {"md": escape_markdown, "fence": fence}
     return re.sub(r"\n{3,}", "\n\n", fill_template("card.md.j2", filters, values)).strip() + "\n"
+
+
+def without_examples(markdown: str) -> str:
+    """A part of the report without the examples that it lists: a card is published, and the data may not be."""
+    return re.sub(r"#### [^\n]*: examples\n.*?(?=\n#### |\Z)", "", markdown, flags=re.DOTALL)
 
 
 def metadata(report: Report) -> dict[str, Any]:

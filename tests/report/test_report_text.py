@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from mmcompress.report.card import metadata, render_card
+from mmcompress.report.card import metadata, render_card, without_examples
 from mmcompress.report.markdown import render_markdown
 from mmcompress.report.text import bad_news, chips, render_text
 from mmcompress.report.views import escape_markdown
@@ -224,3 +224,11 @@ def test_card_says_how_to_load() -> None:
     assert 'mm.load("model")' in card
     assert "CLIPModel.from_pretrained" not in card
     assert "library_name" not in _header(card)
+
+
+def test_card_sums_up_first_and_holds_no_examples_of_the_data() -> None:
+    card = render_card(examples.full())
+    assert card.index("| Size on disk | 605 MB | 115 MB | 81% less |") < card.index("<details>")
+    listed = "said\n\n#### Right before, wrong now: examples\n\n- row 3, true 'my secret'\n\n#### Slices\n\n| a |\n"
+    assert without_examples(listed) == "said\n\n\n#### Slices\n\n| a |\n"
+    assert without_examples("#### Both: examples\n\n- row 3") == ""

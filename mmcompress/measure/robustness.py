@@ -166,14 +166,15 @@ class RobustnessMeter:
                     if reason:
                         found.notes.append(f"Attacks were not measured: {reason}.")
                         return
-                    attack = Attack(subject.model, self.task, examples, subject.device)
+                    # A view of its own for each model: what is prepared is kept by examples, whatever processor made it.
+                    view = altered(examples, CLEAN, self.task, self.seed, model_side(subjects[0].model.processor))
+                    attack = Attack(subject.model, self.task, view, subject.device)
                 if one is None and attack is not None:
                     method = next((m for m in METHODS if m == name), None)
                     one = attack.scored(method, eps, adversarial.steps, self.seed, self.reporter)
                     self._save(subject, key, one)
                 if one is not None:
                     scored[who, (name, eps)] = one
-            subject.model.module.to("cpu")
         clean = cells[0]
         drops = Drops(scored, clean, False, self.seed)
         found.attack_n = drops.n

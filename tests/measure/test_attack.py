@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ from mmcompress.data.examples import Examples
 from mmcompress.measure.attack import Attack, pixels_of, why_not
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT
+from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.image_text_retrieval import ImageTextRetrieval
 from mmcompress.tasks.visual_question_answering import VisualQuestionAnswering
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from tests import tiny, tiny_data
+from tests.families import tiny_siglip, tiny_vision_text_dual_encoder
 
 TASK = ZeroShotImageClassification(type="zero-shot-image-classification", templates=["a photo of a {} ."])
 
@@ -76,8 +80,6 @@ def test_pgd_is_stronger_than_one_step_and_grows_with_the_distance() -> None:
 
 
 def test_without_an_attack_it_is_the_tasks_own_accuracy() -> None:
-    from mmcompress.runtimes.torch_predict import TorchPredict
-
     model, own = tiny.clip(), examples()
     scores = TASK.evaluate(TorchPredict(model), model.processor, own, SILENT)
     found = Attack(model, TASK, own).scored(None, 0, 1, 0, SILENT)
@@ -87,6 +89,16 @@ def test_without_an_attack_it_is_the_tasks_own_accuracy() -> None:
     scores = retrieval.evaluate(TorchPredict(model), model.processor, own, SILENT)
     found = Attack(model, retrieval, own).scored(None, 0, 1, 0, SILENT)
     assert found.values.tolist() == scores.per_example["image_to_text_r1"].tolist()
+
+
+@pytest.mark.parametrize("make", [tiny_siglip.siglip, tiny_vision_text_dual_encoder.MODELS["resnet-bert"]])
+def test_other_dual_encoders_are_attacked_after_they_were_scored(make: Callable[[], CompressedModel]) -> None:
+    model, own = make(), examples()
+    before = TASK.evaluate(TorchPredict(model), model.processor, own, SILENT)
+    attack = Attack(model, TASK, own)
+    assert attack.scored(None, 0, 1, 0, SILENT).values.tolist() == before.per_example["accuracy"].tolist()
+    clean, right = clean_pixels(model, 12), torch.from_numpy(attack.right)
+    assert float(attack.loss(attack._attacked(clean, right, "pgd", 8, 5, [0]), right)) > float(attack.loss(clean, right))
 
 
 def test_attacks_are_repeatable() -> None:

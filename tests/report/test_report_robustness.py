@@ -97,6 +97,13 @@ def test_easier_attacks_and_worse_confidence_are_named() -> None:
     assert "30.0% (baseline) and 50.0% (compressed) of the others pass too" in texts[1]
 
 
+def test_a_model_that_breaks_under_a_condition_is_named() -> None:
+    found = report(conditions=[], notes=["contrast at severity 5: 4-export.onnxruntime: the model gives NaN"])
+    assert [a.text for a in robustness.alerts(found)] == [
+        "The compressed model could not be scored: contrast at severity 5: 4-export.onnxruntime: the model gives NaN"
+    ]
+
+
 def test_nothing_is_said_where_nothing_was_measured_or_nothing_is_wrong() -> None:
     assert robustness.section(examples.full(), None) is None
     assert robustness.alerts(examples.full()) == []

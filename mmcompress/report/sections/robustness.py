@@ -71,6 +71,7 @@ def alerts(report: Report) -> list[Alert]:
     attacked = _worse(found.attacks)
     if attacked:
         said.append(Alert("bad", f"The compressed model is easier to attack. {_named(attacked, SHARE, found.attack_n)}"))
+    said += [Alert("bad", f"The compressed model could not be scored: {note}") for note in found.notes if found.final in note]
     for condition in found.conditions:
         degree = condition.degrees[0]
         if condition.name.startswith("shuffled") and degree.final_drop.low <= 0:

@@ -17,7 +17,7 @@ from mmcompress import origins as module
 from mmcompress.data.examples import Examples
 from mmcompress.origins import origins
 from mmcompress.recipe import make_recipe
-from mmcompress.report.card import render_card
+from mmcompress.report.card import metadata, render_card
 from mmcompress.report.licences import HUB_LICENCES, card_datasets, card_licence, hub_id_of, licence_words
 from mmcompress.report.markdown import render_markdown
 from mmcompress.report.schema_data import Leaks, Origin, Overlap
@@ -136,11 +136,16 @@ def test_the_hub_reads_the_model_card(tmp_path: Path) -> None:
     accuracy = data.eval_results[0]
     assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_name) == ("accuracy", 0.862, "data/test.parquet")
     assert accuracy.metric_args["low"] < 0.862 < accuracy.metric_args["high"]
+    assert accuracy.dataset_type == "test"
     # What it writes is what it read.
     name, again = model_index_to_eval_results(data.to_dict()["model-index"])
     assert (name, again) == ("clip-cpu-int8", data.eval_results)
     assert "| data.eval | data/test.parquet | 2,000 | unknown |" in card.text
     assert "that of the base model, mit (as its card says)" in card.text
+    # Where data lies on a machine is not for the header of a card.
+    report.recipe["data"]["eval"]["path"] = "/home/ann/secret/Test Set.parquet"
+    own = metadata(report)["model-index"][0]["results"][0]["dataset"]
+    assert own == {"name": "Test Set.parquet", "type": "Test-Set"}
 
 
 def test_the_report_has_a_table_of_licences_and_overlaps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -96,7 +97,10 @@ def _results(report: Report, kind: str) -> list[dict[str, Any]]:
     source = held_out if isinstance(held_out, dict) else {"path": held_out}
     name = str(source.get("path") or "not recorded")
     hub = next((o.hub_id for o in report.origins if o.role == "eval"), None)
-    data_set = {"name": name, "type": hub or name} | {key: source[key] for key in ("config", "split") if source.get(key)}
+    # A card is made to be shown: where data lies on one's own machine is nobody's business.
+    name = hub or (Path(name).name if Path(name).is_absolute() else name)
+    kind_of_data = hub or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip("-") or "own-data"
+    data_set = {"name": name, "type": kind_of_data} | {key: source[key] for key in ("config", "split") if source.get(key)}
     headline = headline_metric(report)
     metrics = [
         {

@@ -19,6 +19,7 @@ from mmcompress.data.shapes import Shapes
 from mmcompress.data.sources import load_source
 from mmcompress.errors import DataError
 from mmcompress.plan_text import render_plan
+from mmcompress.progress import Reporter
 from mmcompress.recipe import Source, make_recipe
 from mmcompress.report.schema_data import Overlap
 from tests import tiny
@@ -144,6 +145,19 @@ def test_made_data_is_not_looked_through() -> None:
     made = {name: Examples(Shapes(name, 3), name, {"image": "image"}) for name in ("train", "test")}
     found = find_leaks({"train": made["train"], "eval": made["test"]})
     assert (found.looked, found.pairs) == (False, [])
+    assert find_leaks({"eval": made["test"]}).looked  # one split has nothing to share
+
+
+def test_a_long_search_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "MANY", 3)
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "say", said.append)
+    splits = {
+        which: split(which, image=[picture(10 * seed + i) for i in range(3)]) for seed, which in enumerate(("train", "eval"))
+    }
+    assert find_leaks(splits, reporter=reporter).decoded == 6
+    assert said == ["looking for duplicates: 6 pictures have the size of another split's; decoding them once"]
 
 
 def test_check_says_what_is_the_same_byte_for_byte(tmp_path: Path) -> None:

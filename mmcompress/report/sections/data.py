@@ -99,8 +99,8 @@ def _rows(pair: Overlap) -> str:
 
 
 def _words(leaks: Leaks | None) -> str:
-    if leaks is None:
-        return ""
+    if leaks is None or (leaks.looked and not leaks.pairs):
+        return ""  # there is one split only
     if not leaks.looked:
         return "Duplicates were not looked for: data that mmcompress makes has other scenes and sentences in each split."
     compared = {"picture": "pixel for pixel", "recording": "sample for sample", "text": "normalised"}[leaks.what]

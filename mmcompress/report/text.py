@@ -36,6 +36,7 @@ from mmcompress.report.format import (
 from mmcompress.report.schema import GateResult, Report, Row
 from mmcompress.report.sections import all_alerts, all_sections
 from mmcompress.report.views import text_grid
+from mmcompress.report.warned import warned
 from mmcompress.report.words import change_alerts, change_tone, leak_alerts
 
 WIDTH = 110
@@ -143,7 +144,7 @@ def bad_news(report: Report) -> list[Alert]:
     final = final_row(report)
     if final is not None and final.loads_with == "mmcompress":
         alerts.append(Alert("caution", "The final model loads with mmcompress only, not with transformers alone."))
-    alerts += [Alert("caution", f"{w.step}: {w.text}" if w.step else w.text) for w in report.warnings]
+    alerts += warned(report)
     return sorted(alerts, key=lambda a: a.tone != "bad")
 
 

@@ -10,7 +10,9 @@ from mmcompress.report.alerts import Alert
 from mmcompress.report.html import SHOWN_ALERTS, first_screen
 from mmcompress.report.markdown import render_markdown
 from mmcompress.report.reproduce import recipe_hash, reproduce
+from mmcompress.report.schema import Warning_
 from mmcompress.report.summary import summary_table
+from mmcompress.report.text import bad_news
 from mmcompress.report.waterfall import waterfalls
 from tests.report import examples
 
@@ -96,3 +98,19 @@ def test_how_to_reproduce_by_hand(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     assert reproduce(report, tmp_path).inputs == ()
     assert reproduce(report, None).inputs == ()
+
+
+def test_one_busy_neighbour_is_said_once() -> None:
+    report = examples.full()
+    first, second = report.rows[0], report.rows[2]
+    before = [a.text for a in bad_news(report)]
+    report.warnings.append(Warning_(step="baseline", text="Other programs used 1.0 cores while this was timed in torch: no."))
+    first.busy_cores = 1.0
+    assert [a.text for a in bad_news(report) if "Other programs" in a.text] == [f"baseline: {report.warnings[-1].text}"]
+    report.warnings.append(Warning_(step="1-prune", text="Other programs used 1.7 cores while this was timed in torch: no."))
+    second.busy_cores, first.folder, second.folder = 1.7, "steps/00-baseline", "steps/01-prune"
+    said = [a.text for a in bad_news(report)]
+    (busy,) = [text for text in said if "Other programs" in text]
+    assert busy.startswith("Other programs used up to 1.7 cores while 2 of 6 models were timed one by one (baseline in PyTorch, ")
+    assert "Delete measurements/00-baseline, measurements/01-prune in the run's folder" in busy
+    assert set(before) - {text for text in before if "peed" in text} <= set(said)

@@ -25,8 +25,9 @@ from mmcompress.files import disk_error, folder_bytes, is_full_disk, write_json,
 from mmcompress.fingerprints import differences, fingerprints
 from mmcompress.logs import logging_to
 from mmcompress.measure.gallery import keep_media
+from mmcompress.measure.headline import applied, compared, float_onnx, time_headline
 from mmcompress.measure.quality import load_scores, save_scores
-from mmcompress.measure.rows import Meter, export_float
+from mmcompress.measure.rows import Meter
 from mmcompress.measure.slicing import check_columns
 from mmcompress.model import CompressedModel, load
 from mmcompress.origins import origins
@@ -38,10 +39,11 @@ from mmcompress.report.read import open_run
 from mmcompress.report.schema import GateResult, Report, Row, Warning_
 from mmcompress.report.schema_data import Leaks
 from mmcompress.report.schema_robustness import Robustness
+from mmcompress.report.schema_speed import Headline
 from mmcompress.report.words import leak_words
 from mmcompress.report.write import write_report
 from mmcompress.robust import robustness_of_run
-from mmcompress.run_folder import LEAKS_FILE, STATE_FILE, STEP_FILE, TRAINING, clear, exclusive, write_final
+from mmcompress.run_folder import LEAKS_FILE, STATE_FILE, STEP_FILE, TIMING, TRAINING, clear, exclusive, write_final
 from mmcompress.runtimes.onnx_predict import component_files
 from mmcompress.steps import apply_step, follow, load_examples, step_names
 
@@ -135,6 +137,7 @@ class Chain:
         self.warnings: list[Warning_] = []
         self.model_class = ""
         self.robustness: Robustness | None = None
+        self.headline: Headline | None = None
         self.names = step_names(recipe)
         if fresh:
             clear(folder)
@@ -289,8 +292,8 @@ class Chain:
             add_notes(row, before[-1] if before else None, made_by is not None and made_by.name in ("prune", "quantize", "qat"))
             if row.disturbed:
                 text = (
-                    f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: its latency is not "
-                    f"to be trusted. Delete measurements/{kept.name} in the run's folder and run again to measure anew."
+                    f"Other programs used {row.busy_cores:.1f} cores while this was timed in {row.runtime}: those times are "
+                    f"not to be trusted. Delete measurements/{kept.name} in the run's folder and run again to measure anew."
                 )
                 self.warnings.append(Warning_(step=step, text=text))
         self.rows += rows
@@ -318,9 +321,8 @@ class Chain:
             quantized = any(model.onnx.glob("*_quantized.onnx"))
             rows.append(self.meter.onnx_row(model, place, step, "int8" if quantized else "float32"))
         elif changed and "onnxruntime" in wanted:
-            scratch = export_float(model, self.folder / ".work" / "float-onnx", self.reporter)
-            rows.append(self.meter.onnx_row(model, scratch, step, "float32"))
-            shutil.rmtree(scratch, ignore_errors=True)
+            onnx = float_onnx(model, self.folder / TIMING / place.name, self.reporter, keep=self.names[0])
+            rows.append(self.meter.onnx_row(model, onnx, step, "float32"))
         return rows
 
     def _same_files(self, onnx: Path) -> Row | None:
@@ -367,10 +369,19 @@ class Chain:
         at_end = [judge(gate, final, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss == "report"]
         self.gates += at_end
         write_final(self.folder, self.folder / "steps" / self.names[last])
+        self.reporter.note("timing side by side")
+        which = compared(self.rows, final)
+        self.headline = time_headline(which, self.recipe.report, self.data["eval"], self.folder, self._onnx_of)
+        applied(self.headline, self.rows)
+        shutil.rmtree(self.folder / TIMING, ignore_errors=True)
         self.robustness = robustness_of_run(self.recipe, self.folder, self.data, self.rows[0], final, self.reporter)
         report = self._write_report(final, finished=True)
         met = not stopped and all(g.verdict == "met" for g in at_end) and not any(row.rolled_back for row in self.rows)
         return RunResult(self.folder, report, met)
+
+    def _onnx_of(self, row: Row) -> Path:
+        place = self.folder / row.folder
+        return place if (place / "onnx").is_dir() else float_onnx(load(place), self.folder / TIMING / place.name, self.reporter)
 
     def _write_report(self, final: Row, *, finished: bool) -> Report:
         metric = next(iter(self.recipe.task.metrics))
@@ -398,7 +409,10 @@ class Chain:
                 synthetic=synthetic,
                 lower_is_better=self.recipe.task.lower_is_better,
                 caveat=leak_words(self.leaks),
+                timed=self.headline,
             ),
+            noise=self.headline.noise if self.headline else {},
+            timing=self.headline.timing if self.headline else None,
         )
         keep_media(final.behaviour, self.data["eval"], self.folder)
         write_report(report, self.folder)

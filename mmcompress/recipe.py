@@ -173,6 +173,10 @@ class ReportSettings(_Strict):
         description="Columns of `data.eval` that quality is compared in slices of. Where left out: all of texts or whole numbers "
         "with 2 to 20 different values, and the speaker. Classes, sizes, brightness, loudness and lengths are always looked at.",
     )
+    price_per_hour: float | None = Field(
+        None, gt=0, le=1e6, description="What an hour of this machine costs; the report then says what a million examples cost."
+    )
+    currency: str = Field("USD", min_length=1, max_length=12, description="The currency of `price_per_hour`.")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
     )

@@ -18,8 +18,10 @@ LEAKS_FILE = "leaks.json"
 """In `measurements`: what the splits have in common, looked for once."""
 TRAINING = ".training"
 """Where the states of a step's unfinished trainings are."""
+TIMING = ".timing"
+"""Where the ONNX components of the baseline and the last step are until they are timed side by side."""
 OWN = ("recipe.yaml", "report.html", "report.md", "report.json", "README.md", "log.txt", STATE_FILE)
-OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work", TRAINING)
+OWN_FOLDERS = ("steps", "measurements", "model", "onnx", ".work", TRAINING, TIMING)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mmcompress.context import Context
 from mmcompress.data.examples import KINDS, Examples
 from mmcompress.data.sources import load_data, load_source
 from mmcompress.logs import silence_libraries
+from mmcompress.measure import energy
 from mmcompress.model import CompressedModel, load
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe
@@ -77,8 +78,13 @@ def apply_step(
     )
     start = time.monotonic()
     step = recipe.passes[i - 1]
-    with nullcontext() if step.trains() else processes.alone():
+    with nullcontext() if step.trains() else processes.alone(), energy.Meter() as meter:
         after = step.apply(before, context=context)
+    # Of a step that went on from a checkpoint, only the part that ran now is known: that is no number to show.
+    if meter.joules is None or "resumed_seconds" in context.facts:
+        context.facts["energy"] = meter.counters.reason or "a step that was resumed"
+    else:
+        context.facts["joules"] = round(meter.joules, 1)
     seconds = time.monotonic() - start + context.facts.get("resumed_seconds", 0.0)
     return after, {"seconds": seconds, "warnings": context.warnings, "facts": context.facts}
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from mmcompress.logs import silence_libraries
-from mmcompress.measure import latency, worker
+from mmcompress.measure import side_by_side, turns, worker
 from mmcompress.model import CompressedModel
 from tests import tiny
 
@@ -50,7 +51,30 @@ def model() -> CompressedModel:
     return tiny.clip()
 
 
+class TimedHere:
+    """A worker that computes in this process."""
+
+    def __init__(self, job: dict[str, Any], threads: int) -> None:
+        self.timer = worker.Timer(job)
+
+    def ready(self) -> dict[str, Any]:
+        return self.timer.ready()
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        return self.timer.answer(message)
+
+    def rest(self) -> None:
+        pass
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 def timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency jobs run in the test's own process instead of a new one each, which would load torch every time."""
-    monkeypatch.setattr(latency, "_in_a_process", lambda job, threads: worker.run_job(job))
+    monkeypatch.setattr(turns, "start", TimedHere)
+    monkeypatch.setattr(side_by_side, "FEWEST_ROUNDS", 2)

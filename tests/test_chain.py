@@ -23,11 +23,12 @@ from transformers import CLIPModel
 import mmcompress as mm
 from mmcompress import files
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError, UserError
-from mmcompress.measure import latency, worker
+from mmcompress.measure import side_by_side, turns
 from mmcompress.model import align, load
 from mmcompress.report.read import open_run
 from mmcompress.report.text import bad_news
 from tests import tiny
+from tests.conftest import TimedHere
 
 FULL = [
     {"pass": "prune", "axis": "ffn", "ratio": {"vision": 0.5}},
@@ -56,7 +57,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole chain with both runtimes, run once for all tests that only look at it."""
     folder = tmp_path_factory.mktemp("finished")
     patch = pytest.MonkeyPatch()
-    patch.setattr(latency, "_in_a_process", lambda job, threads: worker.run_job(job))
+    patch.setattr(turns, "start", TimedHere)
+    patch.setattr(side_by_side, "FEWEST_ROUNDS", 2)
     report = {"batch_sizes": [1, 2], "threads": 1, "seconds": 0.01, "runtimes": ["torch", "onnxruntime"]}
     mm.run(tiny.recipe(folder, passes=FULL, report=report), folder / "run")
     patch.undo()

@@ -75,6 +75,11 @@ def test_bench_side_by_side(place: Path) -> None:
     found = json.loads(done.stdout)["models"]
     assert [m["runtime"] for m in found] == ["torch", "onnxruntime"]
     assert all(m["latency_ms"]["2"]["n"] >= 20 and m["peak_memory_bytes"] > 2e7 for m in found)
+    both = json.loads(done.stdout)
+    ratio, noise = found[1]["ratio"]["2"], both["noise"]["2"]
+    assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    assert noise["low"] <= noise["ratio"] <= noise["high"]
+    assert noise["rounds"] == both["rounds"]["2"] >= 12
     # Torch is never loaded where ONNX Runtime is timed, and its memory is not counted there.
     assert found[1]["peak_memory_bytes"] < 0.7 * found[0]["peak_memory_bytes"]
 

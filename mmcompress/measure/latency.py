@@ -1,36 +1,47 @@
-"""Latency and memory of one model, each measurement in a process of its own.
-
-A process of its own keeps the thread pools, allocators and caches of one model away from the next one's (two ONNX Runtime
-sessions in one process disturb each other), and its peak resident memory is that model's alone.
-"""
+"""Latency and memory of one model, in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from mmcompress.errors import UnavailableError
-from mmcompress.families.base import Call, Family
+from mmcompress.families.base import Family
 from mmcompress.measure.statistics import median_interval
-from mmcompress.politeness import environment_for_timing
-from mmcompress.report.schema import Latency
+from mmcompress.measure.turns import Contestant, Turns, write_calls
+from mmcompress.measure.worker import LEAST_CALLS, ROUNDS, WARM_UP
+from mmcompress.report.schema_speed import Latency
 
-WORKER = "mmcompress.measure.worker"
+Z = 1.959964
+MARGIN = 0.5
+"""How far the share of slower calls may be from what a percentile says, as a share of it; MLPerf asks for a twentieth."""
+
+
+def calls_needed(q: float) -> int:
+    """How many calls a percentile needs to be shown.
+
+    n = z^2 q (1 - q) / margin^2 (Reddi et al., MLPerf Inference Benchmark, 2020, section III.D), at 95% confidence, with half of
+    1 - q for margin: 139 calls for the 90th percentile, 1,522 for the 99th.
+    """
+    return int(np.ceil(Z**2 * q * (1 - q) / (MARGIN * (1 - q)) ** 2))
 
 
 def summarize(times_ms: list[float]) -> Latency:
-    """Percentiles of single calls and the interval of their median."""
-    p50, p90, p99 = (float(v) for v in np.quantile(times_ms, [0.5, 0.9, 0.99]))
+    """Percentiles of single calls, where there are enough of them, and the interval of their median."""
+    shown = {q: float(np.quantile(times_ms, q)) if len(times_ms) >= calls_needed(q) else None for q in (0.9, 0.99)}
     low, high = median_interval(np.asarray(times_ms))
-    return Latency(p50=p50, p90=p90, p99=p99, low=low, high=high, n=len(times_ms))
+    return Latency(
+        p50=float(np.median(times_ms)),
+        p90=shown[0.9],
+        p99=shown[0.99],
+        low=low,
+        high=high,
+        n=len(times_ms),
+        mean=float(np.mean(times_ms)),
+    )
 
 
 def measure(
@@ -54,57 +65,39 @@ def measure(
         seconds: time spent on each figure; at least 20 calls are made.
 
     Returns:
-        ``latency_ms`` (by batch size), ``components`` (by component, by batch size), ``peak_memory_bytes``, ``load_seconds``,
-        ``busy_cores`` (cores that other programs used meanwhile).
+        ``latency_ms`` (by batch size), ``components`` (by component, by batch size), ``peak_memory_bytes``, ``load_seconds`` (the
+        model, with the libraries loaded), ``start_seconds`` (from the start of the process until the model is loaded),
+        ``first_inference_ms`` (the first call of the smallest batch size), ``busy_cores`` (cores that other programs used).
 
     Raises:
         UnavailableError: the process failed; the message holds the end of what it said.
     """
-    job = {
-        "folder": str(folder),
-        "runtime": runtime,
-        "batch_sizes": batch_sizes,
-        "threads": threads,
-        "seconds": seconds,
-        "device": device,
-    }
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
-        # The inputs are made here: only a family knows them, and the process must not load torch to time ONNX Runtime.
-        job["calls"] = {str(size): _write_calls(family.calls(module, size), Path(scratch) / str(size)) for size in batch_sizes}
-        raw = _in_a_process(job, threads)
+        calls = {str(size): write_calls(family.calls(module, size), Path(scratch) / str(size)) for size in batch_sizes}
+        figures = dict.fromkeys(calls, seconds)
+        for batch, own in calls.items():
+            figures |= {f"{call['component']}/{batch}": seconds / 2 for call in own}
+        with Turns([Contestant("", folder, runtime, calls, device)], threads) as turns:
+            for figure in figures:
+                turns.warm("", figure, WARM_UP)
+            turns.begin()
+            # All figures take turns, so that a busy second of the machine touches a fifth of each and no median.
+            for _ in range(ROUNDS):
+                for figure, time in figures.items():
+                    turns.turn("", figure, time / ROUNDS, LEAST_CALLS // ROUNDS)
+            busy, peak = turns.busy_cores(), turns.peak_memory_bytes("")
+    found = {figure: summarize(turns.figures["", figure].times) for figure in figures}
+    components: dict[str, dict[str, Latency]] = {}
+    for figure, latency in found.items():
+        component, _, batch = figure.rpartition("/")
+        if component:
+            components.setdefault(component, {})[batch] = latency
     return {
-        "latency_ms": {b: summarize(t) for b, t in raw["together"].items()},
-        "components": {c: {b: summarize(t) for b, t in by.items()} for c, by in raw["components"].items()},
-        "peak_memory_bytes": raw["peak_memory_bytes"],
-        "load_seconds": raw["load_seconds"],
-        "busy_cores": raw["busy_cores"],
+        "latency_ms": {batch: found[batch] for batch in calls},
+        "components": components,
+        "peak_memory_bytes": peak,
+        "load_seconds": turns.started[""]["load_seconds"],
+        "start_seconds": turns.started[""]["start_seconds"],
+        "first_inference_ms": turns.started[""]["first_inference_ms"],
+        "busy_cores": busy,
     }
-
-
-def _write_calls(calls: list[Call], folder: Path) -> list[dict[str, Any]]:
-    """The calls of one batch as data: component, times, and the file that holds the inputs."""
-    folder.mkdir()
-    found = []
-    for i, call in enumerate(calls):
-        path = folder / f"{i}.safetensors"
-        save_file({name: values.contiguous().clone() for name, values in call.inputs.items()}, path)
-        found.append({"component": call.component, "times": call.times, "inputs": str(path)})
-    return found
-
-
-def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:
-    # The number of threads is set in the environment too: some pools read it only when they are loaded.
-    env = {
-        **environment_for_timing(),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", WORKER], input=json.dumps(job), capture_output=True, text=True, env=env, check=False
-    )
-    if done.returncode != 0:
-        last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
-        raise UnavailableError(f"measuring {job['folder']} in {job['runtime']} failed: {last[0]}")
-    raw: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return raw

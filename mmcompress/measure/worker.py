@@ -1,11 +1,15 @@
-"""The process in which one model is timed. Reads a job as JSON from stdin and prints the times as JSON.
+"""The process in which one model is timed. Reads a job from stdin, then does what it is told, a line of JSON each.
 
-Torch is imported only where torch is timed, so that an ONNX model's memory is not torch's.
+It computes only when it is told to, so that several such processes can take turns: ``{"do": "turn", ...}`` times one figure for a
+while. Between turns it waits in a read from a pipe, which costs nothing. Torch is imported only where torch is timed, or where
+pictures and texts are prepared, so that an ONNX model's memory is not torch's.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -20,10 +24,17 @@ WARM_UP = 5
 ROUNDS = 5
 LEAST_CALLS = 20
 MOST_CALLS = 5_000
-
+END_TO_END = "end_to_end"
+"""The figure that begins with a file's bytes and a text instead of tensors."""
 
 Calls = list[tuple[str, int, Callable[[], Any]]]
 """Component, how often it is called for one batch, and the call."""
+
+LIBRARIES = {
+    "torch": ("torch", "safetensors.torch", "mmcompress.model", "mmcompress.training.device"),
+    "onnxruntime": ("safetensors.numpy", "mmcompress.runtimes.onnx_predict"),
+}
+"""What each runtime needs, imported before the model's own loading is timed."""
 
 
 def onnx_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
@@ -77,12 +88,17 @@ def torch_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
     return calls
 
 
-def timed(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of single calls until the time is used up and the least number of calls of a round was made."""
+def timed(call: Callable[[], Any], seconds: float, least: int = LEAST_CALLS // ROUNDS, untimed: int = 1) -> list[float]:
+    """Milliseconds of single calls until the time is used up and the least number of calls of a round was made.
+
+    Args:
+        untimed: calls before: the caches still hold what was timed before, and threads sleep.
+    """
     times: list[float] = []
-    call()  # the caches still hold the figure timed before
+    for _ in range(untimed):
+        call()
     end = time.perf_counter() + seconds
-    while len(times) < LEAST_CALLS // ROUNDS or (time.perf_counter() < end and len(times) < MOST_CALLS // ROUNDS):
+    while len(times) < least or (time.perf_counter() < end and len(times) < MOST_CALLS // ROUNDS):
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
@@ -96,60 +112,87 @@ def run_all(calls: Calls) -> None:
             call()
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Times one model: all components together, and each by itself, at each batch size."""
-    start = time.perf_counter()
-    make = onnx_calls(job) if job["runtime"] == "onnxruntime" else torch_calls(job)
-    loaded = time.perf_counter() - start
-    together: dict[str, list[float]] = {}
-    components: dict[str, dict[str, list[float]]] = {}
-    figures: list[tuple[list[float], Callable[[], Any], float]] = []
-    for batch in job["batch_sizes"]:
-        calls = make(batch)
-        figures.append((together.setdefault(str(batch), []), partial(run_all, calls), job["seconds"]))
-        for name in dict.fromkeys(name for name, _, _ in calls):
-            own = [call for call in calls if call[0] == name]
-            figures.append(
-                (components.setdefault(name, {}).setdefault(str(batch), []), partial(run_all, own), job["seconds"] / 2)
-            )
-    for _, call, _ in figures:
-        for _ in range(WARM_UP):
-            call()
-    others = Neighbours()
-    # All figures take turns, so that a busy second of the machine touches a fifth of each and no median.
-    for _ in range(ROUNDS):
-        for times, call, seconds in figures:
-            times += timed(call, seconds / ROUNDS)
-    return {
-        "together": together,
-        "components": components,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "load_seconds": loaded,
-        "busy_cores": others.busy_cores(),
-    }
+class Timer:
+    """One model, ready to be timed.
 
-
-class Neighbours:
-    """How much of the machine other programs used since this was made.
-
-    A steady neighbour leaves no trace in the spread of the times: it makes all of them slow, and thread pools that wait for a
-    core that is taken make them many times slower. So the processor time that was used and was not ours is looked at.
+    Figures are named ``<batch>`` (all components of one batch), ``<component>/<batch>`` and ``end_to_end``.
     """
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.machine, self.own = self._machine(), time.process_time()
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        for name in LIBRARIES[job["runtime"]]:
+            importlib.import_module(name)
+        start = time.perf_counter()
+        self.make = onnx_calls(job) if job["runtime"] == "onnxruntime" else torch_calls(job)
+        self.load_seconds = time.perf_counter() - start
+        self.start_seconds = time.time() - psutil.Process().create_time()
+        self.calls: dict[str, Calls] = {}
+        self.preparing: list[float] = []
+        first = min(job["calls"], key=int)
+        calls = self._calls(first)
+        start = time.perf_counter()
+        run_all(calls)
+        self.first_inference_ms = (time.perf_counter() - start) * 1e3
+        self.figures: dict[str, Callable[[], Any]] = {}
 
-    def busy_cores(self) -> float:
-        """Cores that were busy with something else, on average; 0 on an idle machine."""
-        seconds = time.perf_counter() - self.start
-        used = self._machine() - self.machine - (time.process_time() - self.own)
-        return max(0.0, used / seconds)
+    def _calls(self, batch: str) -> Calls:
+        if batch not in self.calls:
+            self.calls[batch] = self.make(int(batch))
+        return self.calls[batch]
 
-    def _machine(self) -> float:
-        """Seconds of all cores that were not idle, time that a hypervisor took away included."""
-        times = psutil.cpu_times()
-        return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+    def _figure(self, name: str) -> Callable[[], Any]:
+        if name not in self.figures:
+            component, _, batch = name.rpartition("/")
+            if name == END_TO_END:
+                self.figures[name] = self._end_to_end()
+            else:
+                self.figures[name] = partial(run_all, [c for c in self._calls(batch) if component in ("", c[0])])
+        return self.figures[name]
+
+    def _end_to_end(self) -> Callable[[], None]:
+        from mmcompress.measure.end_to_end import Preparation  # loads torch, whatever the runtime is
+
+        prepare = Preparation(Path(self.job["queries"]), Path(self.job["processor"]), self.job["threads"])
+        calls = self._calls("1")
+
+        def query() -> None:
+            start = time.perf_counter()
+            prepare()
+            self.preparing.append((time.perf_counter() - start) * 1e3)
+            run_all(calls)
+
+        return query
+
+    def ready(self) -> dict[str, Any]:
+        """What starting cost, and which components there are."""
+        return {
+            "load_seconds": self.load_seconds,
+            "start_seconds": self.start_seconds,
+            "first_inference_ms": self.first_inference_ms,
+            "components": list(dict.fromkeys(c for c, _, _ in next(iter(self.calls.values())))),
+            "cpu_seconds": time.process_time(),
+        }
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Does one thing that it is told to; ``cpu_seconds`` is this process's processor time before and after.
+
+        ``turn`` times one ``figure`` for ``seconds``, and makes ``least`` calls at least after ``untimed`` ones; ``warm`` makes
+        ``calls`` calls and times nothing; ``peak`` asks for the memory.
+        """
+        before = time.process_time()
+        found: dict[str, Any] = {}
+        if message["do"] == "warm":
+            call = self._figure(message["figure"])
+            for _ in range(message["calls"]):
+                call()
+        elif message["do"] == "turn":
+            self.preparing.clear()
+            untimed = message["untimed"]
+            found["times"] = timed(self._figure(message["figure"]), message["seconds"], message["least"], untimed)
+            found["preparing"] = self.preparing[untimed:]
+        elif message["do"] == "peak":
+            found["bytes"] = peak_memory_bytes()
+        return {**found, "cpu_seconds": [before, time.process_time()]}
 
 
 def peak_memory_bytes() -> int:
@@ -165,5 +208,20 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def main() -> None:
+    """Serves until stdin ends. Only answers go to stdout: what libraries print goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+
+        def say(answer: dict[str, Any]) -> None:
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+
+        timer = Timer(json.loads(sys.stdin.readline()))
+        say(timer.ready())
+        for line in sys.stdin:
+            say(timer.answer(json.loads(line)))
+
+
 if __name__ == "__main__":
-    sys.stdout.write("\n" + json.dumps(run_job(json.loads(sys.stdin.read()))) + "\n")
+    main()

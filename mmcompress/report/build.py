@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from mmcompress.recipe import Gate
 from mmcompress.report.schema import Gain, GateResult, Row, Totals
+from mmcompress.report.schema_speed import Headline, speed_verdict_of
 from mmcompress.report.words import change_note
 
 
@@ -103,10 +104,12 @@ def totals(
     synthetic: bool,
     lower_is_better: Collection[str] = (),
     caveat: str = "",
+    timed: Headline | None = None,
 ) -> Totals:
     """The run in a few numbers.
 
     Args:
+        timed: what timing the models side by side gave; without it ratios are those of the rows' medians.
         metric: the task's headline metric.
         final: the row of the model that the run ends with; None where nothing but the baseline was measured.
         caveat: what makes the quality not to be believed, for the headline.
@@ -117,7 +120,7 @@ def totals(
         text = f"{name}: not finished; nothing was compressed yet" if not finished else f"{name}: no pass was run"
         text += f"; quality is overstated ({caveat})." if caveat else "."
         return Totals(headline=text, finished=finished, metric=metric, seconds=seconds, synthetic=synthetic)
-    gains = {batch: _gain(rows, final, batch) for batch in final.latency_ms}
+    gains = {batch: _gain(rows, final, batch, timed) for batch in final.latency_ms}
     return Totals(
         headline=_headline(name, baseline, final, gains, metric, finished, metric in lower_is_better, caveat),
         finished=finished,
@@ -133,7 +136,7 @@ def totals(
     )
 
 
-def _gain(rows: Sequence[Row], final: Row, batch: str) -> Gain:
+def _gain(rows: Sequence[Row], final: Row, batch: str, timed: Headline | None) -> Gain:
     def p50(step: str, runtime: str) -> float | None:
         row = next((r for r in rows if r.step == step and r.runtime == runtime), None)
         return row.latency_ms[batch].p50 if row is not None and batch in row.latency_ms else None
@@ -141,18 +144,25 @@ def _gain(rows: Sequence[Row], final: Row, batch: str) -> Gain:
     def ratio(above: float | None, below: float | None) -> float | None:
         return above / below if above and below else None
 
-    torch, onnx = p50("baseline", "torch"), p50("baseline", "onnxruntime")
-    torch_final = p50(final.step, "torch")
-    if torch_final is None:
-        # Steps that make files leave the torch model as it is: the last torch row before them is its own.
-        last = [r for r in rows if r.runtime == "torch" and not r.rolled_back]
-        torch_final = last[-1].latency_ms[batch].p50 if last and batch in last[-1].latency_ms else None
-    return Gain(
-        runtime=ratio(torch, onnx),
-        compression=ratio(onnx, p50(final.step, "onnxruntime")),
-        compression_torch=ratio(torch, torch_final),
-        total=ratio(torch or onnx, p50(final.step, final.runtime)),
-    )
+    # Steps that make files leave the torch model as it is: the last torch row before them is its own.
+    last = [r.step for r in rows if r.runtime == "torch" and not r.rolled_back][-1:]
+    first = ("baseline", "torch") if p50("baseline", "torch") else ("baseline", "onnxruntime")
+    pairs = {
+        "runtime": (("baseline", "torch"), ("baseline", "onnxruntime")),
+        "compression": (("baseline", "onnxruntime"), (final.step, "onnxruntime")),
+        "compression_torch": (("baseline", "torch"), (last[0] if last else "", "torch")),
+        "total": (first, (final.step, final.runtime)),
+    }
+    found = {name: ratio(p50(*above), p50(*below)) for name, (above, below) in pairs.items()}
+    intervals = {}
+    for name, (above, below) in pairs.items():
+        by_batch = timed.ratios.get(f"{'.'.join(above)}/{'.'.join(below)}", {}) if timed else {}
+        if batch in by_batch:
+            intervals[name] = by_batch[batch]
+            found[name] = by_batch[batch].ratio
+    noise = timed.noise.get(batch) if timed else None
+    verdict = speed_verdict_of(intervals["total"], noise) if "total" in intervals else None
+    return Gain(**found, intervals=intervals, verdict=verdict)
 
 
 def _headline(
@@ -165,6 +175,8 @@ def _headline(
     batch, gain = next(iter(gains.items()), (None, None))
     if baseline.disturbed or final.disturbed:
         parts.append("speed not known (other programs kept the machine busy)")
+    elif gain is not None and gain.verdict == "no clear difference":
+        parts.append(f"no clear difference in speed at batch {batch}")
     elif gain is not None and gain.total is not None:
         word = f"{gain.total:.1f}x as fast at batch {batch}"
         if gain.runtime is not None and gain.compression is not None and final.runtime == "onnxruntime":

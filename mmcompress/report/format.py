@@ -278,7 +278,7 @@ def speeds(report: Report) -> list[Speed]:
         after = row.latency_ms[batch] if row else None
         if ratio is None and before and after and after.p50 > 0:
             ratio = before.p50 / after.p50
-        verdict = speed_verdict(before, after)
+        verdict = gain.verdict if gain and gain.verdict else speed_verdict(before, after)
         if before is None or after is None:
             if ratio is None:
                 continue

@@ -104,7 +104,7 @@ def _latency_cell(report: Report, row: Row, batch: str) -> Cell:
     found, baseline, ms = row.latency_ms.get(batch), baseline_row(report), ms_scale_of(report, batch)
     if found is None:
         return Cell(MISSING)
-    small = [f"p90 {ms.bare(found.p90)}", f"p99 {ms.bare(found.p99)}"]
+    small = [f"{name} {ms.bare(value)}" for name, value in (("p90", found.p90), ("p99", found.p99)) if value is not None]
     before = baseline.latency_ms.get(batch) if baseline and row is not baseline else None
     verdict = speed_verdict(before, found)
     if before and found.p50 > 0:

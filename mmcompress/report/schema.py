@@ -15,6 +15,8 @@ from mmcompress.report.frame import flat_row
 from mmcompress.report.schema_behaviour import Behaviour
 from mmcompress.report.schema_data import Leaks, Origin
 from mmcompress.report.schema_robustness import Robustness
+from mmcompress.report.schema_speed import Latency as Latency
+from mmcompress.report.schema_speed import Ratio, Served, Timing, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,17 +26,6 @@ FORMAT_VERSION = 1
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
-
-
-class Latency(_Model):
-    """Time of one call, in milliseconds, over the repetitions of one process."""
-
-    p50: float = Field(description="Median, ms.")
-    p90: float = Field(description="90th percentile, ms.")
-    p99: float = Field(description="99th percentile, ms.")
-    low: float = Field(description="Lower end of the 95% interval of the median (order statistics), ms.")
-    high: float = Field(description="Upper end of the 95% interval of the median, ms.")
-    n: int = Field(description="How many calls were timed.")
 
 
 class Quality(_Model):
@@ -124,6 +115,17 @@ class Row(_Model):
     peak_memory_bytes: int | None = Field(None, description="Peak resident memory of the process that was timed.")
     flops: int | None = Field(None, description="For one example through all components, 2 per multiply-add.")
     latency_ms: dict[str, Latency] = Field(default_factory=dict, description="All components once, by batch size.")
+    load_seconds: float | None = Field(
+        None,
+        description="What loading the model took in the process that was timed, libraries not counted; its file was cached.",
+    )
+    start_seconds: float | None = Field(
+        None, description="From the start of that process until the model was loaded, libraries included."
+    )
+    first_inference_ms: float | None = Field(None, description="The first call of the smallest batch size in that process.")
+    served: Served | None = Field(
+        None, description="More of the models that were timed side by side; their `latency_ms` is from there too."
+    )
     busy_cores: float | None = Field(
         None, description="Cores that other programs used while latency was measured; above 0.25 the times are not to be trusted."
     )
@@ -176,12 +178,18 @@ class Warning_(_Model):
 
 
 class Gain(_Model):
-    """The speed-up at one batch size, taken apart. Each is a ratio of medians; above 1 is faster."""
+    """The speed-up at one batch size, taken apart: ratios of times, above 1 is faster. Of models that were timed side by side
+    with intervals; else of the medians of processes that ran one after another.
+    """
 
     runtime: float | None = Field(description="Baseline in torch over baseline in ONNX Runtime: no compression in it.")
     compression: float | None = Field(description="Baseline in ONNX Runtime over final model in ONNX Runtime.")
     compression_torch: float | None = Field(description="Baseline in torch over final model in torch.")
     total: float | None = Field(description="Baseline in torch over final model in its fastest runtime.")
+    intervals: dict[str, Ratio] = Field(
+        default_factory=dict, description="By the name of the ratio, where the models took turns: its 95% interval."
+    )
+    verdict: Verdict | None = Field(None, description="Of the total, against the noise; null where the models took no turns.")
 
 
 class Totals(_Model):
@@ -218,6 +226,11 @@ class Report(_Model):
     rows: list[Row] = Field(default_factory=list)
     gates: list[GateResult] = Field(default_factory=list)
     warnings: list[Warning_] = Field(default_factory=list)
+    noise: dict[str, Ratio] = Field(
+        default_factory=dict,
+        description="By batch size: the baseline in torch over itself, timed as two processes. What a ratio must exceed.",
+    )
+    timing: Timing | None = Field(None, description="How the models that the headline compares were timed side by side.")
     robustness: Robustness | None = Field(None, description="The final model under conditions that it was not meant for.")
     leaks: Leaks | None = Field(None, description="Duplicates between the splits; null in reports of earlier versions.")
     origins: list[Origin] = Field(default_factory=list, description="Licence and source of every model and data set.")

@@ -89,6 +89,9 @@ def _size_chip(label: str, ratio: float | None, detail: str) -> Chip:
 def _speed_chip(report: Report) -> Chip:
     found = [s for s in speeds(report) if s.ratio is not None]
     if not found:
+        rows = (baseline_row(report), final_row(report))
+        if any(row and row.disturbed for row in rows):
+            return Chip("Speed", "not known", ("other programs kept the machine busy",), "caution")
         return Chip("Speed", "not measured", (), "neutral")
     verdicts = {s.verdict for s in found}
     tone: Tone = "bad" if "slower" in verdicts else "good" if verdicts == {"faster"} else "neutral"
@@ -156,9 +159,9 @@ def _unsteady(report: Report) -> list[Alert]:
         for batch, t in row.latency_ms.items():
             if row.step not in (BASELINE, final.step if final else "") or t.p50 <= 0:
                 continue
-            if t.p90 > UNSTEADY * t.p50 or t.high - t.low > (UNSTEADY - 1) * t.p50:
+            if (t.p90 or 0.0) > UNSTEADY * t.p50 or t.high - t.low > (UNSTEADY - 1) * t.p50:
                 ms = ms_scale_of(report, batch)
-                span = f"median {ms(t.p50)}, {ms.bare(t.low)} to {ms.bare(t.high)}, p90 {ms.bare(t.p90)}"
+                span = f"median {ms(t.p50)}, {ms.bare(t.low)} to {ms.bare(t.high)}" + (f", p90 {ms.bare(t.p90)}" if t.p90 else "")
                 found.append(f"{row_name(row)} at batch {batch} ({span})")
     if not found:
         return []
@@ -206,7 +209,7 @@ def _bad_totals(report: Report) -> list[Alert]:
             alerts.append(
                 Alert(
                     "caution",
-                    f"No clear difference in speed at batch {speed.batch}: the intervals of the medians overlap.",
+                    f"No clear difference in speed at batch {speed.batch}: it is within the noise of the timing.",
                 )
             )
     final = final_row(report)
@@ -231,7 +234,7 @@ def speed_words(report: Report, speed: Speed) -> str:
     parts = f"{times(gain.runtime)}{slower[0]} from ONNX Runtime without any compression"
     parts += f", times {times(gain.compression)}{slower[1]} from compression"
     product = gain.runtime * gain.compression
-    if product > 0 and abs(gain.total / product - 1) > 0.02:
+    if speed.runtime != "onnxruntime" and product > 0 and abs(gain.total / product - 1) > 0.02:
         where = (
             f"running in {RUNTIMES[speed.runtime]}" if speed.runtime and speed.runtime != "onnxruntime" else "the final runtime"
         )

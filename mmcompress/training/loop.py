@@ -100,6 +100,7 @@ def train(
     model.module.to(home).eval()
     if state.seconds:
         context.facts["resumed_seconds"] = context.facts.get("resumed_seconds", 0.0) + round(state.seconds, 3)
+    context.facts["planned_steps"] = plan.steps
     _report(context, what, runner, feed, time.perf_counter() - began + state.seconds)
     facts = {**runner.facts(), **(watch.facts() if watch is not None else {})}
     skipped = len(feed.damaged) + (len(held.damaged) if held is not None else 0)

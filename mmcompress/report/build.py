@@ -153,7 +153,11 @@ def _gain(rows: Sequence[Row], final: Row, batch: str, timed: Headline | None) -
         "compression_torch": (("baseline", "torch"), (last[0] if last else "", "torch")),
         "total": (first, (final.step, final.runtime)),
     }
-    found = {name: ratio(p50(*above), p50(*below)) for name, (above, below) in pairs.items()}
+    busy = {(r.step, r.runtime) for r in rows if r.disturbed}
+    found = {
+        name: None if busy.intersection((above, below)) else ratio(p50(*above), p50(*below))
+        for name, (above, below) in pairs.items()
+    }
     intervals = {}
     for name, (above, below) in pairs.items():
         by_batch = timed.ratios.get(f"{'.'.join(above)}/{'.'.join(below)}", {}) if timed else {}

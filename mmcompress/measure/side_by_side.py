@@ -30,10 +30,10 @@ from mmcompress.report.schema_speed import Cost, EndToEnd, Latency, Offline, Rat
 TWIN = " (again)"
 """What the name of the first model's second process ends with."""
 TURN_SECONDS, LEAST, UNTIMED = 0.03, 3, 2
-FEWEST_ROUNDS = 12
+FEWEST_ROUNDS = 24
 PRECISE = 0.02
 """Ratios whose intervals reach no further than this to both sides are known well enough."""
-PATIENCE = 2.0
+PATIENCE = 3.0
 """How many times the recipe's seconds one figure may take, times the models that take turns."""
 LARGEST_BATCH, WORTH = 32, 1.03
 """How far the batch size is doubled for the offline scenario, and by how much a doubling must raise the throughput."""
@@ -199,7 +199,7 @@ def _in_turns(turns: Turns, batch: str, pairs: Sequence[tuple[str, str]], settin
         turns.take_turns(names, batch, number, min(TURN_SECONDS, settings.seconds / FEWEST_ROUNDS), LEAST, UNTIMED)
         number += 1
         # Checking each time would find a narrow interval by chance sooner or later.
-        if number >= 2 * FEWEST_ROUNDS and number % FEWEST_ROUNDS == 0 and all(_precise(turns, batch, *pair) for pair in pairs):
+        if number % FEWEST_ROUNDS == 0 and all(_precise(turns, batch, *pair) for pair in pairs):
             break
 
 

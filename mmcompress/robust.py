@@ -85,7 +85,7 @@ def robustness_plan(recipe: Recipe) -> list[str]:
 def robustness_of_model(
     recipe: Recipe, predict: Predict, processor: Processor, examples: Examples, reporter: Reporter
 ) -> list[dict[str, Any]]:
-    """One model by itself under all conditions but attacks: plain data, a line for each.
+    """One model by itself under all conditions but attacks: plain data, a line for each, with what is lost against the clean one.
 
     Args:
         examples: those of ``data.eval``.
@@ -110,7 +110,7 @@ def robustness_of_model(
             "strength": strength(cell),
             "n": drops.n,
             metric: drops.metric(0, cell).model_dump(),
-            "drop": drops.drop(0, cell).estimate(drops.n).model_dump(),
+            "drop": None if cell is CLEAN else drops.drop(0, cell).estimate(drops.n).model_dump(),
         }
         for cell in cells
     ]
@@ -123,8 +123,8 @@ def render_robustness(found: Sequence[Mapping[str, Any]], metric: str) -> str:
             line["condition"],
             line["strength"] or line["severity"] or "",
             f"{100 * line[metric]['value']:.1f}",
-            f"{100 * line['drop']['value']:+.1f}",
-            f"{100 * line['drop']['low']:+.1f} to {100 * line['drop']['high']:+.1f}",
+            f"{100 * line['drop']['value']:+.1f}" if line["drop"] else "",
+            f"{100 * line['drop']['low']:+.1f} to {100 * line['drop']['high']:+.1f}" if line["drop"] else "",
         ]
         for line in found
     ]

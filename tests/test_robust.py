@@ -88,6 +88,7 @@ def test_eval_measures_one_model_by_itself(finished: Path) -> None:
     assert lines["darkness", 5]["accuracy"] == dark.final.model_dump()
     assert lines["darkness", 5]["drop"]["value"] == dark.final_drop.value
     assert lines["clean", 0]["accuracy"]["value"] == report.clean["final"].value
+    assert lines["clean", 0]["drop"] is None
     assert "24 examples under each condition" in render_evaluation(found)
     assert "robustness" not in evaluate_model(plan, str(finished / "model"))
 

@@ -167,3 +167,23 @@ def test_samples_that_cannot_be_divided_stay_out_of_the_interval() -> None:
     ratio = Sample(1.0, np.array([1.0, 1.0, 1.0])) / Sample(2.0, np.array([2.0, 0.0, 4.0]))
     assert ratio.value == 0.5
     assert ratio.estimate(3).high <= 0.5
+
+
+@pytest.mark.slow
+def test_the_interval_of_an_extra_drop_holds_the_truth_as_often_as_it_says() -> None:
+    def answers(rng: np.random.Generator, hard: np.ndarray, right: float) -> Scored:
+        # Hard examples are hard for both models under all conditions: the sum of two uniform draws has this quantile.
+        values = hard + rng.random(len(hard))
+        limit = np.sqrt(2 * right) if right < 0.5 else 2 - np.sqrt(2 * (1 - right))
+        return Scored((values < limit).astype(np.float64), np.arange(len(hard)))
+
+    held, rounds = 0, 300
+    for seed in range(rounds):
+        rng = np.random.default_rng(seed)
+        hard = rng.random(150)
+        shares = {(0, "c"): 0.9, (1, "c"): 0.85, (0, "x"): 0.7, (1, "x"): 0.55}
+        found = Drops({key: answers(rng, hard, share) for key, share in shares.items()}, "c", lower_is_better=False)
+        interval = found.extra("x").estimate(150)
+        held += interval.low <= (0.85 - 0.55) - (0.9 - 0.7) <= interval.high
+    # Three standard errors of 95% over 300 rounds.
+    assert 0.91 <= held / rounds <= 0.985

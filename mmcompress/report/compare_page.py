@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmcompress.report.compare import Comparison, comparison_table, differences_table
@@ -13,8 +13,10 @@ from mmcompress.report.format import (
     bytes_scale,
     fill_template,
     metric_format,
+    plain,
     row_name,
 )
+from mmcompress.report.frame import flat_row
 from mmcompress.report.html import SHAPES, axis_name
 from mmcompress.report.plots import Axes, Point, marker, pareto_front, scatter
 from mmcompress.report.schema import Row
@@ -22,6 +24,10 @@ from mmcompress.report.sections import Run, Section, compared
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.text import bad_news, chips, gate_words
 from mmcompress.report.views import html_filters
+
+SHOWN = ("quality", "change", "latency_ms", "components", "parity")
+"""What the other parts of the page show."""
+ENDS = ("low", "high", "n")
 
 
 def contents(comparison: Comparison, sections: Sequence[Section]) -> list[tuple[str, str]]:
@@ -33,6 +39,7 @@ def contents(comparison: Comparison, sections: Sequence[Section]) -> list[tuple[
         *([("between", "Between the runs")] if several else ()),
         *((s.anchor, s.title) for s in sections),
         *([("metrics", "All metrics")] if metrics_table(comparison) is not None else ()),
+        *([("numbers", "Everything else")] if numbers_table(comparison) is not None else ()),
         ("words", "Each run by itself"),
     ]
 
@@ -53,6 +60,31 @@ def metrics_table(comparison: Comparison) -> Table | None:
         body.append(tuple(line))
     columns = (("", "Metric"), *(("", e.name) for e in comparison.entries))
     return Table("metrics", "Final models, with 95% intervals", columns, tuple(body), heads=1, words=(0,))
+
+
+def numbers_table(comparison: Comparison) -> Table | None:
+    """Everything else that was measured of the final models, by its path in ``report.json``; None where there is nothing."""
+    lines = [flat_row(e.final.model_dump(mode="json")) if e.final else {} for e in comparison.entries]
+    paths = dict.fromkeys(path for line in lines for path in line if "." in path and path.split(".")[0] not in SHOWN)
+    body = []
+    for path in paths:
+        head, _, end = path.rpartition(".")
+        if end in ENDS and head in paths:
+            continue
+        cells = [_number(line, path) for line in lines]
+        if any(cell.text != MISSING for cell in cells):
+            body.append((Cell(path.replace(".", ", ").replace("_", " ")), *cells))
+    columns = (("", "What"), *(("", e.name) for e in comparison.entries))
+    note = "As in report.json and to_frame(): shares from 0 to 1, milliseconds, bytes. Small print is the 95% interval."
+    return Table("numbers", "Everything else that was measured", columns, tuple(body), 1, (0,), note) if body else None
+
+
+def _number(line: Mapping[str, Any], path: str) -> Cell:
+    value, low, high = (line.get(f"{path}{end}") for end in ("", ".low", ".high"))
+    if not isinstance(value, int | float):
+        return Cell(MISSING)
+    interval = (f"{plain(low)} to {plain(high)}",) if isinstance(low, int | float) and isinstance(high, int | float) else ()
+    return Cell(plain(value), interval)
 
 
 def _pictures(comparison: Comparison) -> list[tuple[Any, str, str]]:
@@ -113,6 +145,7 @@ def render_compare_html(comparison: Comparison) -> str:
         "table": comparison_table(comparison),
         "between": differences_table(comparison),
         "metrics": metrics_table(comparison),
+        "numbers": numbers_table(comparison),
         "cards": [(e, chips(e.report), [*gate_words(e.report), *bad_news(e.report)]) for e in comparison.entries],
         "pictures": _pictures(comparison),
         "legend": legend,

@@ -7,8 +7,9 @@ import pytest
 
 from mmcompress.errors import UserError
 from mmcompress.report.compare import compare_reports, comparison_table, render_compare_text
-from mmcompress.report.compare_page import render_compare_html
+from mmcompress.report.compare_page import numbers_table, render_compare_html
 from mmcompress.report.schema import Report
+from mmcompress.report.schema_behaviour import Behaviour
 from tests.report import examples
 from tests.report.test_report_html import Page
 
@@ -127,3 +128,17 @@ def test_times_beside_a_busy_neighbour_are_not_compared() -> None:
     cells = {row[0].text: row[4].small for row in comparison_table(found).rows}
     assert "not to be trusted" in cells["busy"]
     assert "4.92x faster" in cells["quiet"]
+
+
+def test_everything_else_that_was_measured_stands_side_by_side() -> None:
+    found = compare_reports([("a", examples.full()), ("b", examples.full())])
+    assert numbers_table(found) is None
+    with_more = examples.full()
+    report_row = with_more.rows[-1]
+    report_row.behaviour = Behaviour.model_validate({"agreement": {"kl": {"value": 0.25, "low": 0.125, "high": 0.5, "n": 9}}})
+    table = numbers_table(compare_reports([("a", examples.full()), ("b", with_more)]))
+    assert table is not None
+    assert [(row[0].text, row[1].text, row[2].text, row[2].small) for row in table.rows] == [
+        ("behaviour, agreement, kl", "\N{EN DASH}", "0.25", ("0.125 to 0.5",))
+    ]
+    assert "behaviour, agreement, kl" in render_compare_html(compare_reports([("a", examples.full()), ("b", with_more)]))

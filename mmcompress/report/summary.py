@@ -18,6 +18,7 @@ from mmcompress.report.format import (
     ms_scale_of,
     smaller,
     speed_verdict,
+    speeds,
 )
 from mmcompress.report.schema import Report, Row
 from mmcompress.report.tables import Cell, Table
@@ -29,13 +30,15 @@ def summary_table(report: Report) -> Table | None:
     baseline, final = baseline_row(report), final_row(report)
     if baseline is None or final is None:
         return None
-    lines = _sizes(report, baseline, final)
+    lines, known = _sizes(report, baseline, final), {speed.batch: speed for speed in speeds(report)}
     for batch in batches(report):
         before, after = baseline.latency_ms.get(batch), final.latency_ms.get(batch)
         if before is None or after is None or after.p50 <= 0:
             continue
-        ms, verdict = ms_scale_of(report, batch), speed_verdict(before, after)
-        did = faster(before.p50 / after.p50) if verdict != "no clear difference" else verdict
+        ms, speed = ms_scale_of(report, batch), known.get(batch)
+        verdict = speed.verdict if speed else speed_verdict(before, after)
+        ratio = speed.ratio if speed and speed.ratio else before.p50 / after.p50
+        did = faster(ratio) if verdict != "no clear difference" else verdict
         if baseline.disturbed or final.disturbed:
             did, verdict = "not known: the machine was busy", ""
         tone = {"faster": "good", "slower": "bad"}.get(verdict, "")

@@ -14,7 +14,7 @@ from mmcompress.report.sections import Section
 from mmcompress.report.tables import Cell, Table
 from mmcompress.report.views import escape_markdown, html_table, markdown_table, text_table
 
-ORDER = 20
+ORDER = 5
 LOUD = 1.03
 """Where a model against itself may differ by more than this, the reader is told on the first screen."""
 WIDTH = 110

@@ -180,6 +180,20 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
         mm.run(recipe, tmp_path / "run")
 
 
+def test_every_row_says_what_changed_and_the_media_are_those_of_the_final_one(finished: Path) -> None:
+    report = open_run(finished)
+    rows = {(row.step, row.runtime): row.behaviour for row in report.rows}
+    assert all(found is not None and found.calibration is not None for found in rows.values())
+    assert [key for key, found in rows.items() if found is not None and found.flips is None] == [("baseline", "torch")]
+    final = rows[report.totals.final_step, report.totals.final_runtime]
+    assert final is not None
+    media = finished / "measurements" / "media"
+    kept = {p.relative_to(finished).as_posix() for p in media.iterdir()} if media.exists() else set()
+    assert kept == {entry.media for entry in final.gallery}
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(kept)
+
+
 def test_another_recipe_in_the_same_folder_is_refused_and_fresh_begins_again(tmp_path: Path) -> None:
     mm.run(tiny.recipe(tmp_path), tmp_path / "run")
     other = tiny.recipe(tmp_path, seed=3)

@@ -83,7 +83,8 @@ def exchanges(before: np.ndarray, after: np.ndarray, names: Sequence[str], most:
     """The pairs of answers that are exchanged most in both directions, the ones that look swapped first.
 
     Two answers look swapped where the model gives the one for most items that the baseline gave the other for, and the other
-    way round, with Wilson's 95% intervals of both shares above one quarter, and at least four items each. What the true answer is does not matter.
+    way round, with Wilson's 95% intervals of both shares above one quarter, and at least four items each. What the true answer
+    is does not matter.
 
     Args:
         before: (M,), the baseline's answers as numbers into ``names``.

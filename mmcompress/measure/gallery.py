@@ -141,7 +141,8 @@ def small_copy(item: Image.Image | Audio, suffix: str) -> bytes:
             buffer = io.BytesIO()
             samples = np.clip(audio.samples[: max(1, int(seconds * audio.rate))], -1, 1)
             soundfile.write(buffer, samples, audio.rate, format="FLAC", subtype="PCM_16")
-            if buffer.tell() <= CLIP_BYTES or seconds < 0.5:
+            # Not where the writer stands: it went back to complete the header.
+            if len(buffer.getvalue()) <= CLIP_BYTES or seconds < 0.5:
                 return buffer.getvalue()
             seconds /= 1.5
     small = item.copy()

@@ -157,7 +157,7 @@ def _slices(slices: Slices | None, report: Report) -> Table | None:
         caveat = ("too few to say",) if s.small else ()
         rows.append(
             (
-                Cell(s.name, caveat),
+                Cell(s.name, tags=caveat),
                 Cell(f"{s.n:,}"),
                 Cell(fmt.value(s.before)),
                 Cell(fmt.value(s.after)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ import yaml
 import mmcompress as mm
 from mmcompress.errors import DataError, RecipeError
 from mmcompress.evaluate import evaluate_model, render_evaluation
-from mmcompress.measure import latency, worker
+from mmcompress.measure import side_by_side, turns
 from mmcompress.recipe import load_recipe, make_recipe
 from mmcompress.report.read import open_run
 from mmcompress.robust import robustness_plan
 from tests import tiny
+from tests.conftest import TimedHere
 
 SETTINGS = {"samples": 24, "corruptions": ["darkness", "jpeg"], "severities": [1, 5], "adversarial": {"samples": 8, "eps": [4]}}
 
@@ -37,7 +39,8 @@ def recipe(folder: Path, passes: list[dict[str, Any]] | None = None) -> dict[str
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("robust")
     patch = pytest.MonkeyPatch()
-    patch.setattr(latency, "_in_a_process", lambda job, threads: worker.run_job(job))
+    patch.setattr(turns, "start", TimedHere)
+    patch.setattr(side_by_side, "FEWEST_ROUNDS", 2)
     mm.run(recipe(folder), folder / "run")
     patch.undo()
     return folder / "run"
@@ -107,9 +110,10 @@ def test_onnx_components_are_what_is_measured_where_they_are_shipped(tmp_path: P
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_then_the_same_command_ends_with_the_same_numbers(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path)))
-    command = [sys.executable, "-m", "mmcompress", "run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "run")]
+    shutil.copytree(finished, tmp_path / "run")
     place = tmp_path / "run" / "measurements" / "robustness"
+    shutil.rmtree(place)
+    command = [sys.executable, "-m", "mmcompress", "run", str(finished / "recipe.yaml"), "-o", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list(place.rglob("scores.safetensors"))) < 5 and process.poll() is None and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmcompress.measure.conclusion import points
 from mmcompress.report.alerts import Alert, Tone
 from mmcompress.report.format import MetricFormat
 from mmcompress.report.schema import Change
@@ -37,9 +38,9 @@ def change_alerts(fmt: MetricFormat, change: Change) -> list[Alert]:
         margin = f", {change.words.removeprefix('worse, ')}" if within_margin(change) else ""
         return [Alert(change_tone(change), f"{fmt.name} is clearly worse than the baseline's{margin}: {words}.")]
     if change.conclusion.startswith("not enough"):
-        what = f"whether {fmt.name} fell by more than the margin of {change.margin:g} points"
+        what = f"whether {fmt.name} fell by more than the margin of {points(change.margin or 0.0)}"
         if not fmt.higher_is_better:
-            what = f"whether {fmt.name} rose by more than the margin of {change.margin:g} points"
+            what = f"whether {fmt.name} rose by more than the margin of {points(change.margin or 0.0)}"
         return [Alert("caution", f"{change.n:,} examples are too few to say {what}: {change.words}; {words}.")]
     return []
 

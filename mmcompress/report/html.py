@@ -121,7 +121,8 @@ def contents(
     gained = any(s.ratio is not None for s in speeds(report))
     return [
         ("picture", "Size, speed and quality"),
-        *([("summary", summary.caption), ("steps", "What each step changed")] if summary else ()),
+        *([("summary", summary.caption)] if summary else ()),
+        *([("steps", "What each step changed")] if len({row.step for row in report.rows}) > 1 else ()),
         *([("gain", "Where the speed came from")] if gained else ()),
         *((s.anchor, s.title) for s in sections),
         *((key, title) for key, title in AFTER.items() if ("cost" if key == "done" else key) in tables),

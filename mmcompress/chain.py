@@ -45,6 +45,7 @@ from mmcompress.report.write import write_report
 from mmcompress.robust import robustness_of_run
 from mmcompress.run_folder import LEAKS_FILE, STATE_FILE, STEP_FILE, TIMING, TRAINING, clear, exclusive, write_final
 from mmcompress.runtimes.onnx_predict import component_files
+from mmcompress.runtimes.precision import precision_of
 from mmcompress.steps import apply_step, follow, load_examples, step_names
 
 log = logging.getLogger(__name__)
@@ -318,8 +319,7 @@ class Chain:
                 )
                 note = f"The same components as {twin.step}, byte for byte: measured once."
                 return [*rows, twin.model_copy(update={"step": step, "notes": [note]}, deep=True)]
-            quantized = any(model.onnx.glob("*_quantized.onnx"))
-            rows.append(self.meter.onnx_row(model, place, step, "int8" if quantized else "float32"))
+            rows.append(self.meter.onnx_row(model, place, step, precision_of(component_files(model.onnx).values())))
         elif changed and "onnxruntime" in wanted:
             onnx = float_onnx(model, self.folder / TIMING / place.name, self.reporter, keep=self.names[0])
             rows.append(self.meter.onnx_row(model, onnx, step, "float32"))

@@ -56,7 +56,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
     parameters, flops = shape_cost(family, config)
     found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
     mistakes: list[str] = []
-    int8 = False
+    weight_bytes: float = FLOAT_BYTES
     rate = _flops_per_second()
     for i, step in enumerate(recipe.passes):
         other = step.replacement()
@@ -80,8 +80,8 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
         training = step if isinstance(step, TrainingSettings) else getattr(step, "training", None)
         trains = training is not None
         taught = step.name in ("distill", "qat") or (trains and step.name == "prune")
-        int8 = int8 or step.name in ("quantize", "qat")
-        disk = parameters * (1 if int8 else FLOAT_BYTES)
+        weight_bytes = step.weight_bytes() or weight_bytes
+        disk = round(parameters * weight_bytes)
         memory = before * FLOAT_BYTES * (TRAINING_COPIES + (1 if taught else 0) if trains else 2)
         # Rounds of pruning train models of all sizes from the old to the new one.
         trained = (flops + found[-1].flops) // 2 if step.name == "prune" else flops

@@ -73,6 +73,10 @@ class Pass(BaseModel, ABC):
         """Whether the pass trains, by itself or in between: then all processes of a data-parallel run apply it together."""
         return any(isinstance(part, TrainingSettings) for part in (self, *dict(self).values()))
 
+    def weight_bytes(self) -> float | None:
+        """Bytes of one weight in the files that the pass leaves, scales aside; None where it leaves that as it is."""
+        return None
+
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with the settings for a model of this family and these sizes, a sentence each; no weights are needed."""
         return []

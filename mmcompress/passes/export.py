@@ -32,7 +32,7 @@ class Export(Pass):
 
     combined: bool = Field(
         True,
-        description="Also write both components of a dual encoder as one file, `model.onnx` (`model_quantized.onnx`), which "
+        description="Also write both components of a dual encoder as one file, `model.onnx` (with their suffix), which "
         "zero-shot pipelines open. It holds the weights a second time.",
     )
 
@@ -41,7 +41,8 @@ class Export(Pass):
         from mmcompress.measure.rows import check_float_parity, parity  # needs torch
         from mmcompress.quantization.combine import combine_components
         from mmcompress.quantization.onnx_export import export_component
-        from mmcompress.runtimes.onnx_predict import OnnxPredict
+        from mmcompress.runtimes.onnx_predict import OnnxPredict, component_files
+        from mmcompress.runtimes.precision import PRECISIONS, precision_of
 
         if context.workdir is None:
             raise DataError("export: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
@@ -53,7 +54,7 @@ class Export(Pass):
         folder.mkdir(parents=True, exist_ok=True)
         parts = model.family.components(model.module)
         for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
-            quantized = (folder / f"{name}_quantized.onnx").exists()
+            quantized = any((folder / f"{name}{suffix}.onnx").exists() for suffix in PRECISIONS if suffix)
             if not (folder / f"{name}.onnx").exists() and (self.keep_float or not quantized):
                 example = model.family.example_inputs(model.module.config, part, 2)
                 export_component(part, example, folder / f"{name}.onnx", opset=self.opset)
@@ -65,7 +66,7 @@ class Export(Pass):
         examples = context.calibration if context.calibration is not None else context.train
         if examples is not None and context.task is not None:
             found = parity(model, OnnxPredict(folder), context.task, examples)
-            if not any((folder / f"{name}_quantized.onnx").exists() for name in parts):
+            if precision_of(component_files(folder, tuple(parts)).values()) == "float32":
                 check_float_parity(found, "export")
             # A fact of this machine's kernels, not of the model: it stays out of the model's own files.
             context.facts["parity"] = {name: one.model_dump() for name, one in found.items()}

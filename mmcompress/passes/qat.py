@@ -50,6 +50,10 @@ class Qat(DistillationSettings, Pass):
 
     reduce_range: ReduceRange = "auto"
 
+    def weight_bytes(self) -> float:
+        """One byte: int8."""
+        return 1
+
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with ``freeze`` and with weights by tower for a model of these towers."""
         return [*self.freeze_mistakes(family.towers), *self.loss_mistakes(family.towers)]

@@ -1,50 +1,101 @@
-"""Quantizes the exported components after training (PTQ): int8 weights and inputs where integer kernels pay."""
+"""Quantizes the exported components after training: integer weights and inputs, integer weights alone, or half precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
 from mmcompress.passes._int8 import ReduceRange, reduced
 from mmcompress.passes.base import Pass
+from mmcompress.quantization.naming import broken
+from mmcompress.quantization.schemes import WEIGHT_BYTES, Scheme, scheme_of
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mmcompress.families.base import Component, Family
     from mmcompress.model import CompressedModel
+    from mmcompress.quantization.result import QuantizationResult
 
 
 class Quantize(Pass):
-    """Exports each component, then quantizes it with onnxruntime.quantization into ``onnx/<component>_quantized.onnx``."""
+    """Exports each component, then quantizes it into ``onnx/<component><suffix>.onnx``, named as transformers.js expects."""
 
     changes: ClassVar[Literal["weights", "files"]] = "files"
     makes_files: ClassVar[bool] = True
 
     name: Literal["quantize"] = Field("quantize", alias="pass", description="The pass's name.")
-    scheme: Literal["int8-static", "int8-dynamic"] = Field(
+    scheme: Scheme | dict[str, Scheme] = Field(
         "int8-static",
-        description="int8-static: ranges from calibration examples, QDQ nodes; decoders, which are called once a token, have "
-        "ranges at run time all the same. int8-dynamic: ranges at run time, needs no data.",
+        description="int8-static: ranges from calibration examples, QDQ nodes. int8-dynamic: ranges at run time, needs no data. "
+        "Under either, decoders, which are called once a token, get int8 weights alone. int8-weight-only and int4-weight-only: "
+        "weights in blocks, activations in float. float16: weights and arithmetic, but for LayerNorm and Softmax. bfloat16: "
+        "weights alone. A mapping names a scheme by tower or component, and leaves the others in float32.",
     )
     samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static (8 to 100000).")
+    block_size: Literal[32, 64, 128] = Field(
+        32,
+        description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger.",
+    )
+    include: list[str] = Field(
+        default_factory=list,
+        description="Layers to quantize, all where empty; written as in `exclude`, which comes first.",
+    )
     exclude: list[str] = Field(
         default_factory=list,
-        description="Layers to leave in float: dotted module paths such as `visual_projection` or `layers.0`, globs allowed.",
+        description="Layers to leave in float: dotted module paths such as `visual_projection` or `layers.0`, globs, or regular "
+        "expressions after `re:`, such as `re:layers\\.(0|11)\\.`.",
     )
 
     reduce_range: ReduceRange = "auto"
 
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> Self:
+        for field, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for text in broken(patterns):
+                raise ValueError(f"{field}: {text}")
+        return self
+
+    def weight_bytes(self) -> float:
+        """Bytes of one weight; of the widest where towers differ."""
+        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
+        return max(WEIGHT_BYTES[scheme] for scheme in schemes)
+
+    def settled(self, family: Family, config: Any) -> tuple[Pass, str]:
+        """The pass itself, once the names in ``scheme`` are those of towers or components.
+
+        Raises:
+            RecipeError: one is neither.
+        """
+        if not isinstance(self.scheme, str) and not set(self.scheme) <= set(family.towers):
+            from mmcompress.families.base import without_weights  # needs torch, as plans do
+
+            self._check_names(family, family.components(without_weights(family, config)))
+        return self, ""
+
+    def _check_names(self, family: Family, parts: dict[str, Component]) -> None:
+        if isinstance(self.scheme, str):
+            return
+        known = [*family.towers, *(name for name in parts if name not in family.towers)]
+        for name in self.scheme:
+            if name not in known:
+                raise RecipeError(f"quantize: scheme: {name!r} is neither a tower nor a component; allowed: {', '.join(known)}")
+
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
-        """Exports and quantizes; the torch model stays as it is."""
+        """Exports and quantizes; the torch model stays as it is.
+
+        Raises:
+            DataError: no folder to write to, or int8-static without task or data.
+            RecipeError: ``scheme`` names what the model has not, or a pattern means nothing.
+        """
         from dataclasses import asdict, replace
 
         from mmcompress.quantization.onnx_export import export_component  # needs torch
-        from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
 
         if context.workdir is None:
             raise DataError("quantize: needs a folder to write to; call it from a recipe, or give Context(workdir=...)")
@@ -55,23 +106,49 @@ class Quantize(Pass):
         scratch.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {}
         parts, narrow = model.family.components(model.module), reduced(self.reduce_range)
+        self._check_names(model.family, parts)
         for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
-            source, target = scratch / f"{name}.onnx", folder / f"{name}_quantized.onnx"
-            export_component(part, model.family.example_inputs(model.module.config, part, 2), source)
-            dynamic = self.scheme == "int8-dynamic" or part.decoder
-            if dynamic:
-                found = quantize_dynamic_int8(source, target, exclude=self.exclude, reduce_range=narrow)
-            else:
-                feeds = self._calibration(model, context, name)
-                found = quantize_static_int8(source, target, feeds, exclude=self.exclude, reduce_range=narrow)
+            scheme, suffix = scheme_of(self.scheme, name, part.tower, part.decoder)
+            source, target = scratch / f"{name}.onnx", folder / f"{name}{suffix}.onnx"
+            example = model.family.example_inputs(model.module.config, part, 2)
+            if scheme == "float32":
+                export_component(part, example, target)
+                continue
+            export_component(part, example, source)
+            found = self._quantize(scheme, source, target, narrow, model, context, name)
             source.unlink()
-            result[name] = {"ranges": "at run time" if dynamic else "from calibration", **asdict(found)}
-        for pattern in self.exclude:
+            ranges = {"int8-static": "from calibration", "int8-dynamic": "at run time"}.get(scheme, "none")
+            result[name] = {"scheme": scheme, "ranges": ranges, **asdict(found)}
+        for pattern in (*self.include, *self.exclude):
             # Each component is quantized by itself: only a pattern that no component knows is a mistake.
             if all(pattern in one["unmatched_exclude"] for one in result.values()):
-                raise RecipeError(f"quantize: exclude: {pattern!r} matches no layer of the model")
+                field = "exclude" if pattern in self.exclude else "include"
+                raise RecipeError(f"quantize: {field}: {pattern!r} matches no layer of the model")
         new.onnx = folder
         return new, {"weight_bits": 7 if narrow else 8, "components": result}
+
+    def _quantize(
+        self, scheme: Scheme, source: Path, target: Path, narrow: bool, model: CompressedModel, context: Context, name: str
+    ) -> QuantizationResult:
+        """One component's file by one scheme."""
+        from mmcompress.quantization.half import to_bfloat16, to_float16
+        from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
+        from mmcompress.quantization.weight_only import quantize_weights
+
+        include, exclude = self.include, self.exclude
+        if scheme == "int8-static":
+            feeds = self._calibration(model, context, name)
+            return quantize_static_int8(source, target, feeds, include=include, exclude=exclude, reduce_range=narrow)
+        if scheme == "int8-dynamic":
+            return quantize_dynamic_int8(source, target, include=include, exclude=exclude, reduce_range=narrow)
+        if scheme in ("int8-weight-only", "int4-weight-only"):
+            bits: Literal[4, 8] = 8 if scheme == "int8-weight-only" else 4
+            return quantize_weights(source, target, bits=bits, block_size=self.block_size, include=include, exclude=exclude)
+        halve = to_float16 if scheme == "float16" else to_bfloat16
+        try:
+            return halve(source, target, include=include, exclude=exclude)
+        except ValueError as e:
+            raise RecipeError(f"quantize: {name}: {e}") from e
 
     def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
         """Real examples in blocks, as one component's inputs; one block is in memory at a time."""

@@ -19,6 +19,7 @@ from onnx import compose, helper, numpy_helper
 
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.onnx_export import ExportError
+from mmcompress.runtimes.precision import PRECISIONS
 
 INPUTS = ("input_ids", "pixel_values", "input_features", "is_longer", "attention_mask")
 """The order of the combined file's inputs, which is Optimum's; others follow as they come."""
@@ -74,7 +75,7 @@ class CombinedSpec(Protocol):
 
 
 def combine_components(combined: CombinedSpec, folder: Path) -> list[Path]:
-    """Writes ``model.onnx`` and ``model_quantized.onnx`` into a folder, each where both components are there in that precision.
+    """Writes ``model.onnx`` and its like with a suffix into a folder, each where both components are there in that precision.
 
     Returns:
         The files written.
@@ -83,7 +84,7 @@ def combine_components(combined: CombinedSpec, folder: Path) -> list[Path]:
         ExportError: see `combine_dual_encoder`.
     """
     written = []
-    for suffix in ("", "_quantized"):
+    for suffix in PRECISIONS:
         media, text = (folder / f"{name}{suffix}.onnx" for name in (combined.media, combined.text))
         if media.exists() and text.exists():
             target = folder / f"model{suffix}.onnx"

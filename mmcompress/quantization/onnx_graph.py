@@ -11,9 +11,10 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from mmcompress.quantization.naming import is_excluded, module_path
+from mmcompress.quantization.naming import is_meant, module_path
 from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES, EXTERNAL_DATA_SUFFIX
 from mmcompress.quantization.onnx_file import write_model
+from mmcompress.quantization.patches import patches_as_products
 
 PRODUCT_OPS = ("MatMul", "Gemm", "Conv")
 MIN_TABLE_BYTES = 65_536
@@ -45,12 +46,20 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     write_model(model, lambda: model.graph.initializer, path)
 
 
-def prepare(source: Path, target: Path) -> None:
+def prepare(source: Path, target: Path, *, patches: bool = True) -> tuple[str, ...]:
     """Makes a file that ONNX Runtime's quantizers accept: constants folded, stale shapes dropped, weights in `<target>_data`.
 
     This is the part of `quant_pre_process` that the quantizers need; the whole of it holds the weights four times. Shapes are
     not inferred: the quantizers do that themselves, and the dynamic one turns Gemm into MatMul with a transposed weight, and
     then trips over the weight's old shape.
+
+    Args:
+        source: Float file, as `export_component` writes it.
+        target: Where to write.
+        patches: Whether convolutions over patches become products of matrices.
+
+    Returns:
+        The names of the products that were convolutions.
     """
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(target)
@@ -62,9 +71,11 @@ def prepare(source: Path, target: Path) -> None:
     ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     model = onnx.load(target, load_external_data=False)
     del model.graph.value_info[:]
+    made = patches_as_products(model, target.parent) if patches else ()
     # Else the quantizers advise to do what was just done.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     onnx.save_model(model, target)
+    return made
 
 
 def weight_names(model: onnx.ModelProto) -> set[str]:
@@ -91,7 +102,7 @@ def op_counts(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def quantize_tables(model: onnx.ModelProto, exclude: tuple[str, ...] = ()) -> tuple[str, ...]:
+def quantize_tables(model: onnx.ModelProto, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Stores embedding tables in int8 with one scale a row, in place.
 
     `Gather(table, ids)` becomes `Cast(Gather(int8 table, ids)) * Gather(scales, ids)`, with scale = max|row| / 127.
@@ -101,25 +112,35 @@ def quantize_tables(model: onnx.ModelProto, exclude: tuple[str, ...] = ()) -> tu
     Args:
         model: Changed in place. Tables of [V, D] float32, looked up along axis 0 by something computed.
         exclude: Patterns of module paths to leave float, see `naming.matches`.
+        include: Patterns of module paths to store as integers, all where there are none.
 
     Returns:
         The names of the tables that were replaced.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    tables = table_lookups(model, exclude, include)
+    for name, nodes in tables.items():
+        _replace_table(model, weights[name], nodes)
+    return tuple(tables)
+
+
+def table_lookups(
+    model: onnx.ModelProto, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()
+) -> dict[str, list[onnx.NodeProto]]:
+    """The embedding tables that may be stored as integers, each with the nodes that look it up and nothing else reads it."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     lookups: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type == "Gather" and node.input[0] in weights:
             lookups.setdefault(node.input[0], []).append(node)
-    replaced = []
+    found = {}
     for name, nodes in lookups.items():
         elsewhere = any(name in node.input for node in model.graph.node if node.op_type != "Gather")
         constant = any(node.input[1] in weights for node in nodes)
-        excluded = any(is_excluded(module_path(node.name), exclude) for node in nodes)
-        if elsewhere or constant or excluded or any(_axis(node) for node in nodes) or not _is_table(weights[name]):
-            continue
-        _replace_table(model, weights[name], nodes)
-        replaced.append(name)
-    return tuple(replaced)
+        meant = all(is_meant(module_path(node.name), include, exclude) for node in nodes)
+        if not (elsewhere or constant or any(_axis(node) for node in nodes)) and meant and _is_table(weights[name]):
+            found[name] = nodes
+    return found
 
 
 def _axis(node: onnx.NodeProto) -> int:

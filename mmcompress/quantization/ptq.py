@@ -10,7 +10,7 @@ the float ones there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,44 +30,21 @@ from onnxruntime.quantization import (
 
 from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
-from mmcompress.quantization.naming import is_excluded, module_path, unmatched
+from mmcompress.quantization.naming import is_meant, module_path, unmatched
+from mmcompress.quantization.result import QuantizationResult
 
 Feeds = Mapping[str, NDArray[Any]]
 """One batch: an array for each of the graph's inputs."""
 
 
-@dataclass(frozen=True)
-class QuantizationResult:
-    """What a quantizer did to a file.
-
-    Attributes:
-        bytes_before: Size of the source with its external data.
-        bytes_after: The same of the target.
-        quantized: Names of the MatMul, Gemm and Conv nodes that now multiply integers.
-        left_float: Names of those that have a weight and stayed float.
-        float_products: Number of float products of two activations (attention).
-        tables: Names of the embedding tables stored in int8.
-        unmatched_exclude: Exclude patterns that mean no layer of this file.
-        op_counts: Nodes of the target by operator.
-    """
-
-    bytes_before: int
-    bytes_after: int
-    quantized: tuple[str, ...]
-    left_float: tuple[str, ...]
-    float_products: int
-    tables: tuple[str, ...] = ()
-    unmatched_exclude: tuple[str, ...] = ()
-    op_counts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def shrank(self) -> bool:
-        """Whether the target is smaller than the source: not so where float tables are most of the file."""
-        return self.bytes_after < self.bytes_before
-
-
 def quantize_dynamic_int8(
-    source: Path, target: Path, *, exclude: Sequence[str] = (), reduce_range: bool | None = None
+    source: Path,
+    target: Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    per_channel: bool = True,
+    reduce_range: bool | None = None,
 ) -> QuantizationResult:
     """Int8 with activation ranges taken anew at every call: no calibration data, but ranges cost time.
 
@@ -77,7 +54,9 @@ def quantize_dynamic_int8(
     Args:
         source: Float file, as `export_component` writes it.
         target: Where to write.
-        exclude: Patterns of module paths to leave float, see `naming.matches`.
+        include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
+        exclude: Patterns of module paths to leave float.
+        per_channel: Whether weights have a scale for each output channel, or one for all.
         reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
 
     Raises:
@@ -86,7 +65,7 @@ def quantize_dynamic_int8(
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
         prepared = Path(scratch) / "prepared.onnx"
         onnx_graph.prepare(source, prepared)
-        plan = _Plan.of(prepared, source, ("MatMul", "Gemm"), exclude)
+        plan = _Plan.of(prepared, source, ("MatMul", "Gemm"), include, exclude)
         if not plan.chosen:
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
@@ -95,7 +74,7 @@ def quantize_dynamic_int8(
             str(target),
             op_types_to_quantize=["MatMul", "Gemm"],
             nodes_to_exclude=plan.excluded,
-            per_channel=True,
+            per_channel=per_channel,
             reduce_range=int8_saturates() if reduce_range is None else reduce_range,
             weight_type=QuantType.QInt8,
             use_external_data_format=onnx_graph.is_large(prepared),
@@ -112,6 +91,7 @@ def quantize_static_int8(
     outputs: bool = False,
     per_channel: bool = True,
     quantize_conv: bool = True,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     reduce_range: bool | None = None,
 ) -> QuantizationResult:
@@ -127,9 +107,10 @@ def quantize_static_int8(
         outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
             that want it.
         per_channel: Whether weights have a scale for each output channel, or one for all.
-        quantize_conv: Whether to quantize convolutions (the patch embedding), with their outputs: only then is there
-            an integer kernel for them. A tenth faster on CLIP ViT-B/32; turn it off where quality suffers.
-        exclude: Patterns of module paths to leave float, see `naming.matches`.
+        quantize_conv: Whether to quantize convolutions too. Those over patches become products of matrices; the others are
+            quantized with their outputs, as only then there is an integer kernel for them. Turn it off where quality suffers.
+        include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
+        exclude: Patterns of module paths to leave float.
         reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
 
     Raises:
@@ -138,8 +119,8 @@ def quantize_static_int8(
     ops = ("MatMul", "Gemm", "Conv") if quantize_conv else ("MatMul", "Gemm")
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
         prepared = Path(scratch) / "prepared.onnx"
-        onnx_graph.prepare(source, prepared)
-        plan = _Plan.of(prepared, source, ops, exclude)
+        onnx_graph.prepare(source, prepared, patches=quantize_conv)
+        plan = _Plan.of(prepared, source, ops, include, exclude)
         if not plan.chosen:
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
@@ -169,20 +150,21 @@ class _Plan:
     chosen: list[str]
     others: list[str]
     excluded: list[str]
-    patterns: tuple[str, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
     @classmethod
-    def of(cls, prepared: Path, source: Path, ops: tuple[str, ...], patterns: Sequence[str]) -> "_Plan":
+    def of(cls, prepared: Path, source: Path, ops: tuple[str, ...], include: Sequence[str], exclude: Sequence[str]) -> "_Plan":
         model = onnx.load(prepared, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
         if not layers:  # nothing but tables (a component that only looks tokens up)
-            return cls(tuple(value.name for value in model.graph.input), [], [], [], tuple(patterns))
-        chosen = [node.name for node in layers if node.op_type in ops and not is_excluded(module_path(node.name), patterns)]
+            return cls(tuple(value.name for value in model.graph.input), [], [], [], tuple(include), tuple(exclude))
+        chosen = [node.name for node in layers if node.op_type in ops and is_meant(module_path(node.name), include, exclude)]
         if not chosen:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
         excluded = others + [node.name for node in onnx_graph.free_products(model)]
-        return cls(tuple(value.name for value in model.graph.input), chosen, others, excluded, tuple(patterns))
+        return cls(tuple(value.name for value in model.graph.input), chosen, others, excluded, tuple(include), tuple(exclude))
 
 
 class _Reader(CalibrationDataReader):
@@ -211,7 +193,7 @@ def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:
     model = onnx.load(target)
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
-    replaced = onnx_graph.quantize_tables(model, plan.patterns)
+    replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
     beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
     if replaced or beside.exists():
         onnx_graph.save(model, target)
@@ -225,6 +207,6 @@ def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:
         left_float=tuple(name for name in (*plan.chosen, *plan.others) if name in float_names),
         float_products=len(onnx_graph.free_products(model)),
         tables=replaced,
-        unmatched_exclude=unmatched([module_path(name) for name in names], plan.patterns),
+        unmatched_exclude=unmatched([module_path(name) for name in names], (*plan.include, *plan.exclude)),
         op_counts=onnx_graph.op_counts(model),
     )

@@ -11,6 +11,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from mmcompress.errors import ModelError
 from mmcompress.runtimes.decoding import PAST
+from mmcompress.runtimes.precision import PRECISIONS, split
 
 _FAILURES = (
     OSError,
@@ -22,13 +23,12 @@ _FAILURES = (
     ),
 )
 """ONNX Runtime's own errors derive from Exception alone."""
-SUFFIXES = ("_quantized", "")
 COMBINED = "model"
 """The name of a file that holds all components in one graph."""
 
 
 def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
-    """For each component its file: the quantized one where there is one, else the float one.
+    """For each component its file: the quantized one where there is one, else the float one (see `runtimes.precision`).
 
     Args:
         folder: holds the ``.onnx`` files, or an ``onnx`` folder that does (the layout of transformers.js).
@@ -41,11 +41,11 @@ def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[
     where = folder / "onnx" if (folder / "onnx").is_dir() else folder
     stems = {p.stem for p in where.glob("*.onnx")}
     if names is None:
-        every = {s.removesuffix("_quantized") for s in stems}
+        every = {split(s)[0] for s in stems}
         names = tuple(sorted(every - {COMBINED} or every))
     found = {}
     for name in names:
-        stem = next((name + s for s in SUFFIXES if name + s in stems), None)
+        stem = next((name + s for s in PRECISIONS if name + s in stems), None)
         if stem is None:
             raise ModelError(f"{folder}: has no {name}.onnx; found: {', '.join(sorted(stems)) or 'no ONNX file'}")
         found[name] = where / f"{stem}.onnx"

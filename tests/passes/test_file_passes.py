@@ -82,3 +82,45 @@ def test_a_pass_that_changes_weights_drops_stale_files(model: mm.CompressedModel
 def test_file_passes_need_a_folder(model: mm.CompressedModel, name: str) -> None:
     with pytest.raises(DataError, match="workdir"):
         getattr(mm.passes, name)().apply(model)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "suffixes", "least"),
+    [
+        ("int8-weight-only", ("_int8", "_int8"), 0.999),
+        ("int4-weight-only", ("_q4", "_q4"), 0.9),
+        ("float16", ("_fp16", "_fp16"), 0.9999),
+        ("bfloat16", ("_bf16", "_bf16"), 0.999),
+        ({"vision": "int8-dynamic", "text_model": "int4-weight-only"}, ("_q4", "_quantized"), 0.9),
+        ({"vision": "float16"}, ("", "_fp16"), 0.9999),
+    ],
+)
+def test_files_of_every_scheme_are_found_and_close(
+    model: mm.CompressedModel, context: Context, scheme: str | dict[str, str], suffixes: tuple[str, str], least: float
+) -> None:
+    new = mm.passes.Quantize(scheme=scheme).apply(model, context=context)
+    assert new.onnx is not None
+    assert sorted(p.name for p in new.onnx.iterdir()) == [
+        f"{name}{suffix}.onnx" for name, suffix in zip(("text_model", "vision_model"), suffixes, strict=True)
+    ]
+    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((5, 3, 16, 16)).astype(np.float32)}
+    a = OnnxPredict(new.onnx, 1)("vision_model", pixels)["image_embeds"]
+    b = TorchPredict(model)("vision_model", pixels)["image_embeds"]
+    assert ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min() > least
+    combined = mm.passes.Export().apply(new, context=Context(workdir=context.workdir / "two"))  # type: ignore[operator]
+    assert combined.onnx is not None
+    one = f"model{suffixes[0]}.onnx"
+    assert (combined.onnx / one).exists() == (suffixes[0] == suffixes[1])
+
+
+def test_a_scheme_for_something_unknown_is_refused(model: mm.CompressedModel, context: Context) -> None:
+    step = mm.passes.Quantize(scheme={"vison": "float16"})
+    with pytest.raises(RecipeError, match=r"'vison' is neither a tower nor a component; allowed: vision, text, vision_model"):
+        step.settled(model.family, model.module.config)
+    with pytest.raises(RecipeError, match="'vison' is neither"):
+        step.apply(model, context=context)
+
+
+def test_a_broken_expression_is_refused_with_the_recipe() -> None:
+    with pytest.raises(ValueError, match=r"exclude: 're:\(' is no regular expression"):
+        mm.passes.Quantize(exclude=["re:("])

@@ -1,0 +1,17 @@
+"""Libraries that say more than anyone asked for."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Only errors of one logger pass."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

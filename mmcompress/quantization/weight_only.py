@@ -1,0 +1,155 @@
+"""Weights of 8 or 4 bits in blocks, activations in float: what pays for decoders, which read all weights for every token.
+
+ONNX Runtime's MatMulNBits multiplies by such weights without writing them out in float, and GatherBlockQuantized looks up
+rows of tables of 4 bits. Its quantizer makes both; what it leaves out is made ready for it here: Gemm nodes, and
+convolutions over patches.
+
+Shapes: K inputs, N outputs of a layer; blocks run along K.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+from mmcompress.quantization import onnx_graph
+from mmcompress.quantization._logging import quiet
+from mmcompress.quantization.naming import is_meant, module_path, unmatched
+from mmcompress.quantization.result import QuantizationResult
+
+INT8_ACTIVATIONS = 4
+"""MatMulNBits' accuracy_level that lets its kernels round activations to int8, block by block and at run time, which is several
+times as fast as float products on x86 with VNNI. Blocks are small, so that it costs next to no accuracy."""
+
+
+def quantize_weights(
+    source: Path,
+    target: Path,
+    *,
+    bits: Literal[4, 8],
+    block_size: int = 32,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> QuantizationResult:
+    """Stores the weights of layers and embedding tables as integers; needs no data.
+
+    Weights are rounded to the nearest; those of 8 bits are symmetric, those of 4 bits have a zero point for each block. Tables
+    have one scale a row at 8 bits, and a scale for each block at 4. The patch embedding takes 8 bits in any case: it is the
+    one layer that sees raw pixels, and a few hundredths of the file.
+
+    Args:
+        source: Float file, as `export_component` writes it.
+        target: Where to write.
+        bits: Of each weight.
+        block_size: Weights that share a scale, along K: 32, 64 or 128.
+        include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
+        exclude: Patterns of module paths to leave float.
+
+    Raises:
+        ValueError: Nothing is left to quantize.
+    """
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        prepared = Path(scratch) / "prepared.onnx"
+        patches = set(onnx_graph.prepare(source, prepared))
+        model = onnx.load(prepared)
+    gemms_to_products(model)
+    layers = [node for node in onnx_graph.weighted_nodes(model) if node.op_type in ("MatMul", "Gemm", "Conv")]
+    chosen = {n.name for n in layers if n.op_type == "MatMul" and is_meant(module_path(n.name), include, exclude)}
+    if layers and not chosen:
+        raise ValueError(f"{source}: no MatMul with a weight is left to quantize")
+    lookups = {node.name: module_path(node.name) for node in model.graph.node if node.op_type == "Gather"}
+    tables = _quantize_tables(model, bits, block_size, tuple(include), tuple(exclude))
+    for width, meant in {8: chosen & patches, bits: chosen - (patches if bits == 4 else set())}.items():
+        if meant:
+            _process(model, _config(width, block_size), [node.name for node in model.graph.node if node.name not in meant])
+    onnx_graph.save(model, target)
+    floats = {node.name for node in onnx_graph.weighted_nodes(model)}
+    names = [node.name for node in layers]
+    paths = [*(module_path(name) for name in names), *lookups.values()]
+    return QuantizationResult(
+        bytes_before=onnx_graph.file_bytes(source),
+        bytes_after=onnx_graph.file_bytes(target),
+        quantized=tuple(name for name in names if name not in floats),
+        left_float=tuple(name for name in names if name in floats),
+        float_products=len(onnx_graph.free_products(model)),
+        tables=tables,
+        unmatched_exclude=unmatched(paths, (*include, *exclude)),
+        op_counts=onnx_graph.op_counts(model),
+    )
+
+
+def gemms_to_products(model: onnx.ModelProto) -> None:
+    """Turns Gemm nodes with a constant weight into MatMul and Add, in place; factors other than 1 stay as they are."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type != "Gemm" or node.input[1] not in weights:
+            continue
+        found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if found.get("transA", 0) or found.get("alpha", 1.0) != 1.0 or found.get("beta", 1.0) != 1.0:
+            continue
+        weight, stem = numpy_helper.to_array(weights[node.input[1]]), node.name.removesuffix("/Gemm")
+        name = f"{node.input[1]}_product"
+        if found.get("transB", 0):
+            weight = weight.T
+        if name not in weights:
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
+            weights[name] = model.graph.initializer[-1]
+        biased = len(node.input) > 2 and bool(node.input[2])
+        output = f"{node.output[0]}_product" if biased else node.output[0]
+        added = [helper.make_node("MatMul", [node.input[0], name], [output], f"{stem}/MatMul")]
+        if biased:
+            added.append(helper.make_node("Add", [output, node.input[2]], [node.output[0]], f"{stem}/Add"))
+        position = next(i for i, other in enumerate(model.graph.node) if other.name == node.name)
+        model.graph.node.remove(node)
+        for offset, new in enumerate(added):
+            model.graph.node.insert(position + offset, new)
+    _drop_unused(model)
+
+
+def _quantize_tables(
+    model: onnx.ModelProto, bits: int, block_size: int, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[str, ...]:
+    if bits == 8:
+        return onnx_graph.quantize_tables(model, exclude, include)
+    tables = onnx_graph.table_lookups(model, exclude, include)
+    # Blocks lie along a row; rows that are no multiple of a block keep their float table.
+    width = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if tensor.name in tables}
+    fitting = {name: nodes for name, nodes in tables.items() if width[name] % block_size == 0}
+    meant = {node.name for nodes in fitting.values() for node in nodes}
+    if meant:
+        config = nbits.DefaultWeightOnlyQuantConfig(
+            block_size=block_size, is_symmetric=True, bits=4, op_types_to_quantize=("Gather",), quant_axes=(("Gather", 1),)
+        )
+        _process(model, config, [node.name for node in model.graph.node if node.name not in meant])
+    return tuple(fitting)
+
+
+def _config(bits: int, block_size: int) -> nbits.WeightOnlyQuantConfig:
+    return nbits.DefaultWeightOnlyQuantConfig(
+        block_size=block_size,
+        is_symmetric=bits == 8,
+        bits=bits,
+        accuracy_level=INT8_ACTIVATIONS,
+        op_types_to_quantize=("MatMul",),
+    )
+
+
+def _process(model: onnx.ModelProto, config: nbits.WeightOnlyQuantConfig, excluded: list[str]) -> None:
+    with quiet(nbits.__name__):  # two lines for every node, and a warning that int4 needs the opset that it then sets
+        quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
+        quantizer.process()
+    if quantizer.model.model is not model:
+        model.CopyFrom(quantizer.model.model)
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    if len(kept) < len(model.graph.initializer):
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)

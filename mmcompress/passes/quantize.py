@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from mmcompress.errors import DataError, RecipeError
 from mmcompress.passes._int8 import ReduceRange, reduced
 from mmcompress.passes.base import Pass
 from mmcompress.quantization.naming import broken
-from mmcompress.quantization.schemes import WEIGHT_BYTES, Scheme, scheme_of
+from mmcompress.quantization.schemes import FIXED, WEIGHT_BYTES, ArrangementName, Scheme, scheme_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,21 @@ class Quantize(Pass):
         description="Layers to leave in float: dotted module paths such as `visual_projection` or `layers.0`, globs, or regular "
         "expressions after `re:`, such as `re:layers\\.(0|11)\\.`.",
     )
+    placement: Literal["fixed", "measure"] | dict[str, ArrangementName] = Field(
+        "fixed",
+        description="Where int8 goes in the graph of what an int8 scheme quantizes. fixed: a placement that is good on most "
+        "machines and that every runtime runs. measure: the known placements are timed on this machine, each in a process of its "
+        "own, and the fastest that keeps `min_cosine` stays. A mapping by tower or component: one that was measured before; the "
+        "`-fused` ones are for ONNX Runtime alone.",
+    )
+    min_cosine: float = Field(
+        0.995,
+        ge=0,
+        le=1,
+        description="The least mean cosine (0 to 1) of outputs to those of the float file on calibration examples that a "
+        "measured placement must keep.",
+    )
+    threads: int = Field(2, ge=1, le=1024, description="Threads of the processes that placements are timed in.")
 
     reduce_range: ReduceRange = "auto"
 
@@ -67,24 +82,28 @@ class Quantize(Pass):
         return max(WEIGHT_BYTES[scheme] for scheme in schemes)
 
     def settled(self, family: Family, config: Any) -> tuple[Pass, str]:
-        """The pass itself, once the names in ``scheme`` are those of towers or components.
+        """The pass itself, once the names in ``scheme`` and ``placement`` are those of towers or components.
 
         Raises:
             RecipeError: one is neither.
         """
-        if not isinstance(self.scheme, str) and not set(self.scheme) <= set(family.towers):
+        if not self._named() <= set(family.towers):
             from mmcompress.families.base import without_weights  # needs torch, as plans do
 
             self._check_names(family, family.components(without_weights(family, config)))
         return self, ""
 
+    def _named(self) -> set[str]:
+        return {name for field in (self.scheme, self.placement) if not isinstance(field, str) for name in field}
+
     def _check_names(self, family: Family, parts: dict[str, Component]) -> None:
-        if isinstance(self.scheme, str):
-            return
         known = [*family.towers, *(name for name in parts if name not in family.towers)]
-        for name in self.scheme:
-            if name not in known:
-                raise RecipeError(f"quantize: scheme: {name!r} is neither a tower nor a component; allowed: {', '.join(known)}")
+        for field in ("scheme", "placement"):
+            found = getattr(self, field)
+            for name in () if isinstance(found, str) else found:
+                if name not in known:
+                    allowed = f"allowed: {', '.join(known)}"
+                    raise RecipeError(f"quantize: {field}: {name!r} is neither a tower nor a component; {allowed}")
 
     def run(self, model: CompressedModel, context: Context) -> tuple[CompressedModel, dict[str, Any]]:
         """Exports and quantizes; the torch model stays as it is.
@@ -115,40 +134,89 @@ class Quantize(Pass):
                 export_component(part, example, target)
                 continue
             export_component(part, example, source)
-            found = self._quantize(scheme, source, target, narrow, model, context, name)
+            facts: dict[str, Any] = {"scheme": scheme}
+            if scheme in FIXED:
+                place = self._place(scheme, source, narrow, model, context, part)
+                if place is None:  # nothing keeps the bound: the float file stays
+                    source.rename(folder / f"{name}.onnx")
+                    continue
+                found = self._arranged(place, source, target, narrow, model, context, name)
+                ranges = "from calibration" if place.startswith("static") else "at run time"
+                facts |= {"placement": place, "ranges": ranges}
+            else:
+                found = self._quantize(scheme, source, target, name)
             source.unlink()
-            ranges = {"int8-static": "from calibration", "int8-dynamic": "at run time"}.get(scheme, "none")
-            result[name] = {"scheme": scheme, "ranges": ranges, **asdict(found)}
+            result[name] = {**facts, **asdict(found)}
         for pattern in (*self.include, *self.exclude):
             # Each component is quantized by itself: only a pattern that no component knows is a mistake.
-            if all(pattern in one["unmatched_exclude"] for one in result.values()):
+            if result and all(pattern in one["unmatched_exclude"] for one in result.values()):
                 field = "exclude" if pattern in self.exclude else "include"
                 raise RecipeError(f"quantize: {field}: {pattern!r} matches no layer of the model")
         new.onnx = folder
         return new, {"weight_bits": 7 if narrow else 8, "components": result}
 
-    def _quantize(
-        self, scheme: Scheme, source: Path, target: Path, narrow: bool, model: CompressedModel, context: Context, name: str
-    ) -> QuantizationResult:
-        """One component's file by one scheme."""
+    def _quantize(self, scheme: Scheme, source: Path, target: Path, name: str) -> QuantizationResult:
+        """One component's file by a scheme that needs no data."""
         from mmcompress.quantization.half import to_bfloat16, to_float16
-        from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
         from mmcompress.quantization.weight_only import quantize_weights
 
-        include, exclude = self.include, self.exclude
-        if scheme == "int8-static":
-            feeds = self._calibration(model, context, name)
-            return quantize_static_int8(source, target, feeds, include=include, exclude=exclude, reduce_range=narrow)
-        if scheme == "int8-dynamic":
-            return quantize_dynamic_int8(source, target, include=include, exclude=exclude, reduce_range=narrow)
         if scheme in ("int8-weight-only", "int4-weight-only"):
             bits: Literal[4, 8] = 8 if scheme == "int8-weight-only" else 4
-            return quantize_weights(source, target, bits=bits, block_size=self.block_size, include=include, exclude=exclude)
+            return quantize_weights(
+                source, target, bits=bits, block_size=self.block_size, include=self.include, exclude=self.exclude
+            )
         halve = to_float16 if scheme == "float16" else to_bfloat16
         try:
-            return halve(source, target, include=include, exclude=exclude)
+            return halve(source, target, include=self.include, exclude=self.exclude)
         except ValueError as e:
             raise RecipeError(f"quantize: {name}: {e}") from e
+
+    def _arranged(
+        self,
+        place: ArrangementName,
+        source: Path,
+        target: Path,
+        narrow: bool,
+        model: CompressedModel,
+        context: Context,
+        name: str,
+    ) -> QuantizationResult:
+        """One component's file by one placement of int8."""
+        from mmcompress.quantization.arrangements import arrange
+
+        def feeds() -> Iterator[dict[str, np.ndarray]]:
+            return self._calibration(model, context, name)
+
+        return arrange(place, source, target, feeds, include=self.include, exclude=self.exclude, reduce_range=narrow)
+
+    def _place(
+        self, scheme: Scheme, source: Path, narrow: bool, model: CompressedModel, context: Context, part: Component
+    ) -> ArrangementName | None:
+        """The placement of int8 in one component: fixed, recorded, or searched; None where none keeps ``min_cosine``."""
+        if not isinstance(self.placement, str):
+            return self.placement.get(part.name, self.placement.get(part.tower, FIXED[scheme]))
+        if self.placement == "fixed":
+            return FIXED[scheme]
+        from mmcompress.passes._placement import Settings, search
+
+        call = next(call for call in model.family.calls(model.module, 1) if call.component == part.name)
+        inputs = {name: values.numpy() for name, values in call.inputs.items()}
+        settings = Settings(self.include, self.exclude, narrow, self.min_cosine, self.threads)
+        context.reporter.note(f"timing placements of int8 in {part.name}")
+        found = search(scheme, source, lambda: self._calibration(model, context, part.name), inputs, settings)
+        context.facts.setdefault("placement", {})[part.name] = found.as_data()
+        chosen = found.choice.chosen
+        if chosen is None:
+            context.warnings.append(
+                f"quantize: no placement of int8 in {part.name} keeps a cosine of {self.min_cosine}; it stays in float32."
+            )
+        elif not found.choice.pays:
+            context.warnings.append(
+                f"quantize: int8 is not faster than float32 in {part.name} ({found.choice.speedup:.2f} times, {chosen}): "
+                + "; ".join(found.reasons)
+                + "."
+            )
+        return cast("ArrangementName | None", chosen)
 
     def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
         """Real examples in blocks, as one component's inputs; one block is in memory at a time."""

@@ -89,7 +89,9 @@ def quantize_static_int8(
     calibration: Iterable[Feeds],
     *,
     outputs: bool = False,
+    attention: bool = False,
     per_channel: bool = True,
+    signed: bool = False,
     quantize_conv: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -106,7 +108,9 @@ def quantize_static_int8(
         calibration: Batches; read once, one at a time.
         outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
             that want it.
+        attention: Whether to quantize the products of two activations too, where ONNX Runtime quantizes their outputs as well.
         per_channel: Whether weights have a scale for each output channel, or one for all.
+        signed: Whether activations are int8, symmetric, instead of uint8.
         quantize_conv: Whether to quantize convolutions too. Those over patches become products of matrices; the others are
             quantized with their outputs, as only then there is an integer kernel for them. Turn it off where quality suffers.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
@@ -130,14 +134,17 @@ def quantize_static_int8(
             _Reader(calibration, plan.inputs),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(ops),
-            nodes_to_quantize=plan.chosen,
+            nodes_to_quantize=[*plan.chosen, *(plan.products if attention else ())],
             per_channel=per_channel,
             reduce_range=int8_saturates() if reduce_range is None else reduce_range,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             use_external_data_format=onnx_graph.is_large(prepared),
-            extra_options={"OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"]},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"],
+                "ActivationSymmetric": signed,
+            },
         )
     return _finish(source, target, plan)
 
@@ -149,6 +156,7 @@ class _Plan:
     inputs: tuple[str, ...]
     chosen: list[str]
     others: list[str]
+    products: list[str]
     excluded: list[str]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -158,13 +166,21 @@ class _Plan:
         model = onnx.load(prepared, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
         if not layers:  # nothing but tables (a component that only looks tokens up)
-            return cls(tuple(value.name for value in model.graph.input), [], [], [], tuple(include), tuple(exclude))
+            return cls(tuple(value.name for value in model.graph.input), [], [], [], [], tuple(include), tuple(exclude))
         chosen = [node.name for node in layers if node.op_type in ops and is_meant(module_path(node.name), include, exclude)]
         if not chosen:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
-        excluded = others + [node.name for node in onnx_graph.free_products(model)]
-        return cls(tuple(value.name for value in model.graph.input), chosen, others, excluded, tuple(include), tuple(exclude))
+        products = [node.name for node in onnx_graph.free_products(model)]
+        return cls(
+            tuple(value.name for value in model.graph.input),
+            chosen,
+            others,
+            products,
+            others + products,
+            tuple(include),
+            tuple(exclude),
+        )
 
 
 class _Reader(CalibrationDataReader):

@@ -7,6 +7,22 @@ from typing import Literal
 
 Scheme = Literal["int8-static", "int8-dynamic", "int8-weight-only", "int4-weight-only", "float16", "bfloat16", "float32"]
 
+ArrangementName = Literal[
+    "static",
+    "static-fused",
+    "static-outputs",
+    "static-attention",
+    "static-conv-float",
+    "static-per-tensor",
+    "static-signed",
+    "dynamic",
+    "dynamic-fused",
+    "dynamic-per-tensor",
+]
+"""The ways to place int8; `quantization.arrangements` says what each is."""
+FIXED: Mapping[str, ArrangementName] = {"int8-static": "static", "int8-dynamic": "dynamic"}
+"""What the schemes mean without measuring."""
+
 SUFFIXES: Mapping[str, str] = {
     "int8-static": "_quantized",
     "int8-dynamic": "_quantized",

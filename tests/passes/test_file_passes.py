@@ -124,3 +124,48 @@ def test_a_scheme_for_something_unknown_is_refused(model: mm.CompressedModel, co
 def test_a_broken_expression_is_refused_with_the_recipe() -> None:
     with pytest.raises(ValueError, match=r"exclude: 're:\(' is no regular expression"):
         mm.passes.Quantize(exclude=["re:("])
+
+
+def test_a_measured_placement_can_be_used_again_without_measuring(
+    model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("static", "dynamic-fused"))
+    monkeypatch.setattr("mmcompress.measure.candidates.TURN_SECONDS", 0.001)
+    settings = {"samples": 16, "threads": 1, "min_cosine": 0.9}
+    measured = mm.passes.Quantize(placement="measure", **settings).apply(model, context=context)
+    assert measured.onnx is not None
+    found = context.facts["placement"]
+    chosen = {name: one["chosen"] for name, one in found.items()}
+    assert set(chosen) == {"vision_model", "text_model"}
+    assert set(chosen.values()) <= {"static", "dynamic-fused"}
+    for one in found.values():
+        assert {c["name"] for c in one["candidates"]} == {"float32", "static", "dynamic-fused"}
+        assert all(0 < c["low"] <= c["ms"] <= c["high"] for c in one["candidates"])
+        assert sum(one["profile_ms"].values()) > 0
+        # Sizes this small never pay, and then the reasons are there; where they do, there are none.
+        assert bool(one["reasons"]) != one["pays"]
+    assert {n: c["placement"] for n, c in measured.history[-1]["result"]["components"].items()} == chosen
+    context.workdir = context.workdir / "again"  # type: ignore[operator]
+    context.facts.clear()
+    again = mm.passes.Quantize(placement=chosen, **settings).apply(model, context=context)
+    assert again.onnx is not None
+    assert context.facts == {}
+    for path in sorted(measured.onnx.iterdir()):
+        assert (again.onnx / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_tower_stays_float_where_no_placement_keeps_the_bound(
+    model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("dynamic",))
+    monkeypatch.setattr("mmcompress.measure.candidates.TURN_SECONDS", 0.001)
+    new = mm.passes.Quantize(placement="measure", min_cosine=1.0, threads=1, samples=8).apply(model, context=context)
+    assert new.onnx is not None
+    assert sorted(p.name for p in new.onnx.iterdir()) == ["text_model.onnx", "vision_model.onnx"]
+    assert [text for text in context.warnings if "keeps a cosine of 1.0; it stays in float32" in text]
+
+
+def test_a_placement_of_something_unknown_is_refused(model: mm.CompressedModel) -> None:
+    step = mm.passes.Quantize(placement={"txt": "dynamic"})
+    with pytest.raises(RecipeError, match="placement: 'txt' is neither a tower nor a component"):
+        step.settled(model.family, model.module.config)

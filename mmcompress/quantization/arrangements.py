@@ -1,0 +1,107 @@
+"""The ways to place int8 in a graph, as data: which of them is fastest depends on the model, the processor and the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from mmcompress.quantization.fusing import fuse
+from mmcompress.quantization.ptq import Feeds, quantize_dynamic_int8, quantize_static_int8
+from mmcompress.quantization.result import QuantizationResult
+from mmcompress.quantization.schemes import ArrangementName
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One way to place int8.
+
+    Attributes:
+        ranges: of activations: from calibration, or taken at run time.
+        outputs: whether the outputs of layers are quantized too.
+        attention: whether the products of queries, keys and values are.
+        conv: whether convolutions are.
+        per_channel: whether weights have a scale for each output channel.
+        signed: whether activations are int8 instead of uint8.
+        fused: whether the graph is rewritten in ONNX Runtime's own operators; then no other runtime runs it.
+    """
+
+    ranges: Literal["calibration", "run time"] = "calibration"
+    outputs: bool = False
+    attention: bool = False
+    conv: bool = True
+    per_channel: bool = True
+    signed: bool = False
+    fused: bool = False
+
+
+ARRANGEMENTS: dict[ArrangementName, Arrangement] = {
+    "static": Arrangement(),
+    "static-fused": Arrangement(fused=True),
+    "static-outputs": Arrangement(outputs=True),
+    "static-attention": Arrangement(attention=True),
+    "static-conv-float": Arrangement(conv=False),
+    "static-per-tensor": Arrangement(per_channel=False),
+    "static-signed": Arrangement(signed=True),
+    "dynamic": Arrangement(ranges="run time"),
+    "dynamic-fused": Arrangement(ranges="run time", fused=True),
+    "dynamic-per-tensor": Arrangement(ranges="run time", per_channel=False),
+}
+"""By name, as recipes and reports have them."""
+
+
+def candidates(scheme: str) -> tuple[ArrangementName, ...]:
+    """The arrangements that a scheme leaves open: all, or those that need no data."""
+    return tuple(name for name, one in ARRANGEMENTS.items() if scheme == "int8-static" or one.ranges == "run time")
+
+
+def arrange(
+    name: ArrangementName,
+    source: Path,
+    target: Path,
+    feeds: Callable[[], Iterable[Feeds]],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    reduce_range: bool | None = None,
+) -> QuantizationResult:
+    """Quantizes a file by one arrangement.
+
+    Args:
+        name: One of ``ARRANGEMENTS``.
+        source: Float file, as `export_component` writes it.
+        target: Where to write.
+        feeds: Gives calibration batches; asked only where ranges come from calibration.
+        include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
+        exclude: Patterns of module paths to leave float.
+        reduce_range: Whether weights take 7 bits; None where this processor needs it.
+
+    Raises:
+        ValueError: There is no calibration data, nothing is left to quantize, or the file is too large to be fused.
+    """
+    chosen = ARRANGEMENTS[name]
+    with TemporaryDirectory(prefix="mmcompress-") as scratch:
+        plain = Path(scratch) / "plain.onnx" if chosen.fused else target
+        if chosen.ranges == "run time":
+            found = quantize_dynamic_int8(
+                source, plain, include=include, exclude=exclude, per_channel=chosen.per_channel, reduce_range=reduce_range
+            )
+        else:
+            found = quantize_static_int8(
+                source,
+                plain,
+                feeds(),
+                outputs=chosen.outputs,
+                attention=chosen.attention,
+                per_channel=chosen.per_channel,
+                signed=chosen.signed,
+                quantize_conv=chosen.conv,
+                include=include,
+                exclude=exclude,
+                reduce_range=reduce_range,
+            )
+        if chosen.fused:
+            fuse(plain, target)
+    return found

@@ -1,0 +1,70 @@
+"""Int8 graphs in fused operators give the very numbers of those that they are made from; all placements can be made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from mmcompress.quantization.arrangements import ARRANGEMENTS, arrange, candidates
+from mmcompress.quantization.fusing import fuse
+from mmcompress.quantization.schemes import ArrangementName
+
+from .conftest import image_inputs, text_inputs
+
+MAKE = {"vision": image_inputs, "text": lambda batch: text_inputs(batch, 8)}
+
+
+def feeds(name: str, batch: int) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in MAKE[name](batch).items()}
+
+
+def run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    return ort.InferenceSession(path).run(None, inputs)[0]
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+@pytest.mark.parametrize("ranges", ["static", "dynamic"])
+def test_fused_files_give_the_same_numbers(exported, tmp_path, name, ranges):
+    plain, fused = tmp_path / "plain.onnx", tmp_path / "fused.onnx"
+    arrange(ranges, exported[name], plain, lambda: [feeds(name, 4)])
+    found = fuse(plain, fused)
+    # Rounding to int8 is what differences of a last bit would be seen in.
+    for batch in (1, 5):
+        np.testing.assert_allclose(run(fused, feeds(name, batch)), run(plain, feeds(name, batch)), atol=2e-3)
+    kinds = Counter(node.op_type for node in onnx.load(fused).graph.node)
+    assert found.attentions == kinds["QAttention"] == (2 if name == "vision" else 0)  # text has a mask
+    assert found.zero_points > 0
+    if ranges == "static":
+        # 2 layers of q, k, v, out, fc1 and fc2; ONNX Runtime has put the text tower's last one into its SkipLayerNormalization
+        assert found.biases == 12 - (name == "text")
+    assert {one.domain for one in onnx.load(fused).opset_import} <= {"", "com.microsoft"}
+
+
+@pytest.mark.parametrize("name", sorted(ARRANGEMENTS))
+def test_every_placement_can_be_made_and_is_close(exported, tmp_path, name):
+    target = tmp_path / f"{name}.onnx"
+    arrange(name, exported["vision"], target, lambda: [feeds("vision", 4)])
+    ours, theirs = run(target, feeds("vision", 3)), run(exported["vision"], feeds("vision", 3))
+    cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert 0.97 < cosine.min() < 1
+
+
+def test_recipes_know_the_names_of_all_placements():
+    assert set(get_args(ArrangementName)) == set(ARRANGEMENTS)
+    assert candidates("int8-static") == tuple(ARRANGEMENTS)
+    assert candidates("int8-dynamic") == ("dynamic", "dynamic-fused", "dynamic-per-tensor")
+
+
+def test_attention_products_are_integers_where_asked_for(exported, tmp_path):
+    counts = {}
+    for name in ("static", "static-attention"):
+        path = tmp_path / f"{name}.onnx"
+        arrange(name, exported["vision"], path, lambda: [feeds("vision", 4)])
+        counts[name] = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert counts["static-attention"]["QuantizeLinear"] > counts["static"]["QuantizeLinear"]

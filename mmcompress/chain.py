@@ -314,15 +314,20 @@ class Chain:
         if makes_files and model.onnx is not None:
             twin = self._same_files(model.onnx)
             if twin is not None:
-                self.meter.scores[f"{step}.onnxruntime"] = load_scores(
-                    self.folder / "measurements" / Path(twin.folder).name / "scores-onnxruntime.safetensors"
-                )
                 note = f"The same components as {twin.step}, byte for byte: measured once."
-                return [*rows, twin.model_copy(update={"step": step, "notes": [note]}, deep=True)]
-            rows.append(self.meter.onnx_row(model, place, step, precision_of(component_files(model.onnx).values())))
-        elif changed and "onnxruntime" in wanted:
+                for one in [r for r in self.rows if r.step == twin.step and r.runtime != "torch"]:
+                    self.meter.scores[f"{step}.{one.runtime}"] = load_scores(
+                        self.folder / "measurements" / Path(twin.folder).name / f"scores-{one.runtime}.safetensors"
+                    )
+                    rows.append(one.model_copy(update={"step": step, "notes": [note]}, deep=True))
+                return rows
+            precision = precision_of(component_files(model.onnx).values())
+            rows.append(self.meter.onnx_row(model, place, step, precision))
+            if "openvino" in wanted:
+                rows.append(self.meter.onnx_row(model, place, step, precision, "openvino"))
+        elif changed and {"onnxruntime", "openvino"} & set(wanted):
             onnx = float_onnx(model, self.folder / TIMING / place.name, self.reporter, keep=self.names[0])
-            rows.append(self.meter.onnx_row(model, onnx, step, "float32"))
+            rows += [self.meter.onnx_row(model, onnx, step, "float32", r) for r in wanted if r != "torch"]
         return rows
 
     def _same_files(self, onnx: Path) -> Row | None:

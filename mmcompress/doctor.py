@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mmcompress.environment import environment, int8_saturates
+from mmcompress.runtimes.openvino_predict import HINT as OPENVINO_HINT
+from mmcompress.runtimes.openvino_predict import is_installed as openvino_installed
 from mmcompress.training.stored import usage
 
 
@@ -55,6 +57,8 @@ def _hints(features: list[str]) -> list[str]:
         hints.append("this CPU has no bf16 products: training passes use float32")
     if importlib.util.find_spec("torchvision") is None:
         hints.append("torchvision is not installed: transformers uses its PIL image processors")
+    if not openvino_installed():
+        hints.append(f"{OPENVINO_HINT}: reports can then have its latency beside ONNX Runtime's (report.runtimes)")
     if importlib.util.find_spec("webdataset") is None:
         hints.append("webdataset is not installed: datasets reads .tar files by its own builder")
     if (os.cpu_count() or 1) < 2:

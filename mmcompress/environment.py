@@ -19,6 +19,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "pydantic",
     "numpy",
 )

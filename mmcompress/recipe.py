@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -153,7 +154,7 @@ class ReportSettings(_Strict):
         [1, 8], min_length=1, description="Batch sizes that latency is measured at."
     )
     threads: int = Field(2, ge=1, le=1024, description="Threads of every measurement.")
-    runtimes: list[Literal["torch", "onnxruntime"]] = Field(
+    runtimes: list[Literal["torch", "onnxruntime", "openvino"]] = Field(
         ["torch", "onnxruntime"],
         min_length=1,
         description="Runtimes that every step is measured in. With both, the gain of the runtime and of compression stand apart.",
@@ -178,8 +179,16 @@ class ReportSettings(_Strict):
     )
     currency: str = Field("USD", min_length=1, max_length=12, description="The currency of `price_per_hour`.")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
-        "cpu", description="Where torch is measured; ONNX Runtime is measured on the CPU."
+        "cpu", description="Where torch is measured; ONNX Runtime and OpenVINO are measured on the CPU."
     )
+
+    @field_validator("runtimes")
+    @classmethod
+    def _are_installed(cls, runtimes: list[str]) -> list[str]:
+        if "openvino" in runtimes and importlib.util.find_spec("openvino") is None:
+            raise ValueError("OpenVINO is not installed; pip install 'mmcompress[openvino]'")
+        return runtimes
+
     robustness: Robustness | None = Field(
         None,
         description="Evaluate the baseline and the final model on damaged pictures, recordings and texts too: `true`, or a "
@@ -237,6 +246,13 @@ class Recipe(_Strict):
             missing = [s for s in step.uses if getattr(self.data, s) is None and not (s == "calibration" and self.data.train)]
             if missing:
                 raise ValueError(f"passes.{i}: {step.name} reads data.{missing[0]}, which the recipe does not have")
+            placement = getattr(step, "placement", "fixed")
+            names = [placement] if isinstance(placement, str) else list(placement.values())
+            if "openvino" in self.report.runtimes and any(name == "measure" or name.endswith("-fused") for name in names):
+                raise ValueError(
+                    f"passes.{i}: placement: fused placements, which `measure` may choose, run in ONNX Runtime alone, and "
+                    "report.runtimes has openvino; name others or take it out"
+                )
         for i, gate in enumerate(self.gates):
             if gate.metric not in self.task.metrics:
                 raise ValueError(f"gates.{i}.metric: " + one_of("metric", gate.metric, self.task.metrics))

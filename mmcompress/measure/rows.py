@@ -22,7 +22,8 @@ from mmcompress.quantization.onnx_export import export_component
 from mmcompress.recipe import ReportSettings
 from mmcompress.report.schema import ComponentRow, Latency, Parity, Row
 from mmcompress.runtimes.base import Predict
-from mmcompress.runtimes.onnx_predict import OnnxPredict
+from mmcompress.runtimes.openers import OnnxRuntime, open_folder
+from mmcompress.runtimes.openvino_predict import OpenVinoPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.base import Scores, Task
 
@@ -80,20 +81,22 @@ class Meter:
         model.module.to("cpu")
         return row
 
-    def onnx_row(self, model: CompressedModel, folder: Path, step: str, precision: str) -> Row:
+    def onnx_row(
+        self, model: CompressedModel, folder: Path, step: str, precision: str, runtime: OnnxRuntime = "onnxruntime"
+    ) -> Row:
         """Measures ONNX components that were made from a model, and compares them with it on real examples."""
         flops = size.flops_by_component(model)
-        timed = self._time(model, folder, "onnxruntime", "cpu")
+        timed = self._time(model, folder, runtime, "cpu")
         files = size.onnx_bytes(folder)
         tower_of = {name: part.tower for name, part in model.family.components(model.module).items()}
         parameters = size.parameters_by_tower(model)
         disk: dict[str, int] = {}
         for name, found in files.items():
             disk[tower_of[name]] = disk.get(tower_of[name], 0) + found
-        predict = OnnxPredict(folder, self.settings.threads)
+        predict = open_folder(runtime, folder, self.settings.threads)
         row = Row(
             step=step,
-            runtime="onnxruntime",
+            runtime=runtime,
             precision=precision,
             parameters=model.parameters(),
             disk_bytes=sum(files.values()),
@@ -108,6 +111,8 @@ class Meter:
             parity=parity(model, predict, self.task, self.examples),
             loads_with="onnx",
         )
+        if isinstance(predict, OpenVinoPredict):
+            row.notes.append(predict.words())
         if precision == "float32":
             check_float_parity(row.parity, step)
         self._score(row, predict, model)

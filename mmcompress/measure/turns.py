@@ -28,7 +28,7 @@ from mmcompress.measure.neighbours import Neighbours
 from mmcompress.politeness import environment_for_timing
 
 WORKER = "mmcompress.measure.worker"
-PAUSE_SECONDS = {"torch": 0.015, "onnxruntime": 0.045}
+PAUSE_SECONDS = {"torch": 0.015, "onnxruntime": 0.045, "openvino": 0.045}
 """How long the threads of a runtime go on spinning after a call, at the most: the next one's turn begins after that."""
 STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 """Has glibc keep memory that was freed. By default it depends on what happens to lie at the end of the heap whether every call

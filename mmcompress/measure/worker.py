@@ -33,6 +33,7 @@ Calls = list[tuple[str, int, Callable[[], Any]]]
 LIBRARIES = {
     "torch": ("torch", "safetensors.torch", "mmcompress.model", "mmcompress.training.device"),
     "onnxruntime": ("safetensors.numpy", "mmcompress.runtimes.onnx_predict"),
+    "openvino": ("safetensors.numpy", "mmcompress.runtimes.openvino_predict", "openvino"),
 }
 """What each runtime needs, imported before the model's own loading is timed."""
 
@@ -41,9 +42,9 @@ def onnx_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
     """Sessions are opened once; for each batch size the calls that one batch costs."""
     from safetensors.numpy import load_file
 
-    from mmcompress.runtimes.onnx_predict import OnnxPredict  # torch-free
+    from mmcompress.runtimes.openers import open_folder  # torch-free
 
-    predict = OnnxPredict(Path(job["folder"]), job["threads"], own_process=__name__ == "__main__")
+    predict = open_folder(job["runtime"], Path(job["folder"]), job["threads"], own_process=__name__ == "__main__")
 
     def calls(batch: int) -> Calls:
         found: Calls = []
@@ -123,7 +124,7 @@ class Timer:
         for name in LIBRARIES[job["runtime"]]:
             importlib.import_module(name)
         start = time.perf_counter()
-        self.make = onnx_calls(job) if job["runtime"] == "onnxruntime" else torch_calls(job)
+        self.make = torch_calls(job) if job["runtime"] == "torch" else onnx_calls(job)
         self.load_seconds = time.perf_counter() - start
         self.start_seconds = time.time() - psutil.Process().create_time()
         self.calls: dict[str, Calls] = {}

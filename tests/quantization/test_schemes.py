@@ -187,4 +187,4 @@ def test_the_report_says_what_the_files_hold():
 
 
 def test_prepare_names_the_products_that_were_convolutions(exported, tmp_path):
-    assert onnx_graph.prepare(exported["vision"], tmp_path / "p.onnx") == ("vision_model.embeddings.patch_embedding/MatMul",)
+    assert onnx_graph.prepare(exported["vision"], tmp_path / "p.onnx") == ("model.vision_model.embeddings.patch_embedding/MatMul",)

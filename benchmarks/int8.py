@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,20 @@ def prepare(family: Family, module: PreTrainedModel, name: str, work: Path, batc
     np.savez(work / "calibration.npz", **{k: v.numpy() for k, v in call.inputs.items()})
 
 
+def made(
+    family: Family, module: PreTrainedModel, name: str, model: str, decoder: bool, work: Path, given: argparse.Namespace
+) -> list[Contender]:
+    """All contenders' files in a folder; those of an earlier call where they are kept."""
+    noted = work / "contenders.json"
+    if noted.exists():
+        return [Contender(**one) for one in json.loads(noted.read_text())]
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(family, module, name, work, given.batches)
+    entries = contenders(name, model, decoder, work, given)
+    noted.write_text(json.dumps([asdict(one) for one in entries]))
+    return entries
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -251,6 +265,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--olive-python", help="python of an environment with olive-ai")
     parser.add_argument("--nncf-python", help="python of an environment with nncf and openvino")
+    parser.add_argument("--keep", type=Path, help="folder for all files; a second call with it only measures")
+    parser.add_argument("--make-only", action="store_true", help="with --keep: make the files, measure nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8.json")
     given = parser.parse_args()
     silence_libraries()
@@ -262,9 +278,10 @@ def main() -> None:
                 continue
             print(f"{model}/{name}")
             with tempfile.TemporaryDirectory() as scratch:
-                prepare(family, module, name, Path(scratch), given.batches)
-                entries = contenders(name, model, part.decoder, Path(scratch), given)
-                rows += table(model, name, entries, Path(scratch), given)
+                work = given.keep / model / name if given.keep else Path(scratch)
+                entries = made(family, module, name, model, part.decoder, work, given)
+                if not given.make_only:
+                    rows += table(model, name, entries, work, given)
             print(tabulate([r for r in rows if r["component"] == name and r["model"] == model], headers="keys", floatfmt=".3f"))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(

@@ -15,12 +15,14 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
 from mmcompress.quantization import onnx_graph
-from mmcompress.quantization._logging import quiet
+from mmcompress.quantization._logging import quiet, root_kept
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.result import QuantizationResult
+
+with root_kept():
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
 INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy_level that lets its kernels round activations to int8, block by block and at run time, which is several

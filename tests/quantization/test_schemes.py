@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,4 +189,12 @@ def test_the_report_says_what_the_files_hold():
 
 
 def test_prepare_names_the_products_that_were_convolutions(exported, tmp_path):
-    assert onnx_graph.prepare(exported["vision"], tmp_path / "p.onnx") == ("model.vision_model.embeddings.patch_embedding/MatMul",)
+    assert onnx_graph.prepare(exported["vision"], tmp_path / "p.onnx") == (
+        "model.vision_model.embeddings.patch_embedding/MatMul",
+    )
+
+
+def test_importing_the_quantizer_leaves_logging_alone():
+    code = "import logging; import mmcompress.quantization.weight_only; r = logging.getLogger(); print(r.level, len(r.handlers))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["30", "0"]

@@ -6,7 +6,7 @@ Every step of every family runs in a process of its own, so that its peak memory
 and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
 size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
 cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; that of fine-tuning and distilling,
-without what the process takes before it loads a model and without what grows with the batch, against 5 times those bytes. Above
+without what the process takes before it loads a model and without the activations of a batch, against 5 times those bytes. Above
 that the exit code is 1.
 
 Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it. Families that --out holds are not
@@ -39,7 +39,7 @@ from mmcompress.context import Context
 from mmcompress.data.audio import Audio
 from mmcompress.data.examples import Examples
 from mmcompress.environment import environment
-from mmcompress.families.base import Outputs
+from mmcompress.families.base import BESIDE_INPUTS, Family, Outputs
 from mmcompress.files import write_json
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import latency, size, worker
@@ -50,6 +50,8 @@ from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.tasks._contrastive import contrastive_loss
 from mmcompress.tasks._respond import answer_loss
 from mmcompress.tasks.base import ANSWER_LOSSES, DUAL_ENCODER_LOSSES, Scores, Task
+from mmcompress.training.device import pick_precision
+from mmcompress.training.forward import Forward
 
 VARIANTS = ("whole", "cut")
 PRECISIONS = ("fp32", "int8")
@@ -58,17 +60,10 @@ TIMES_FLOAT, AND_BYTES = 3, 2_000_000_000
 TIMES_TRAINING = 5
 """The most that training may take beside its activations, in float32 bytes: weights, gradients, two moments, a teacher."""
 TRAININGS = ("finetune", "distill")
-BATCHES = {"clip-vit-b-32": (12, 20), "smolvlm-256m": (2, 4)}
-OTHERWISE = (6, 12)
-"""Batch sizes of the trainings: what grows from one to the other are activations. They must be so large that the activations of a
-backward pass, and not the optimiser's step after it, make the peak at both; CLIP's are small beside its weights, SmolVLM's large.
-"""
+BATCHES = {"clip-vit-b-32": 16, "smolvlm-256m": 2}
+OTHERWISE = 6
+"""Batch sizes of the trainings: so many that the activations of a batch, and not the optimiser's step, make the peak."""
 STEPS = 3
-
-
-def batches(name: str) -> tuple[int, int]:
-    """The two batch sizes of a family's trainings."""
-    return BATCHES.get(name, OTHERWISE)
 
 
 def config_of(one: Published) -> PretrainedConfig:
@@ -139,6 +134,17 @@ class Blank(Processor):
         return {"input_ids": torch.zeros(len(texts), 2, dtype=torch.int64), "attention_mask": torch.ones(len(texts), 2)}
 
 
+def random_batch(family: Family, config: PretrainedConfig, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random inputs with random targets."""
+    batch = family.example_batch(config, count, seed)
+    if "embeddings" in family.abilities:
+        mask = torch.ones_like(batch["input_ids"])  # tokenizers give one; some families' examples leave it out
+        return {"attention_mask": mask, **batch, "target": torch.arange(count)}
+    if "labels" not in batch and config.model_type == "vilt":
+        batch["labels"] = torch.rand(count, config.num_labels)
+    return {"labels": batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"], **batch}
+
+
 class RandomInputs(Task):
     """The family's example inputs as training batches, with the loss of its tasks."""
 
@@ -149,12 +155,7 @@ class RandomInputs(Task):
 
     def collate(self, rows: list[Any], processor: Processor, examples: Examples, draw: int) -> dict[str, torch.Tensor]:
         """As many random inputs as there are rows, with random targets."""
-        batch = processor.family.example_batch(processor.config, len(rows), draw)
-        if "embeddings" in processor.family.abilities:
-            return {**batch, "target": torch.arange(len(rows))}
-        if "labels" not in batch and processor.config.model_type == "vilt":
-            batch["labels"] = torch.rand(len(rows), processor.config.num_labels)
-        return {"labels": batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"], **batch}
+        return random_batch(processor.family, processor.config, len(rows), draw)
 
     def loss(self, outputs: Outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The contrastive one, or that of answers."""
@@ -172,9 +173,37 @@ class RandomPairs(RandomInputs):
     distillation: ClassVar = DUAL_ENCODER_LOSSES
 
 
-def train(name: str, work: Path, what: str, batch_size: int) -> dict[str, Any]:
+def activations(name: str, work: Path) -> dict[str, Any]:
+    """What autograd keeps of one batch's forward pass.
+
+    From two sizes, so that what it keeps once (weights in bf16, under autocast) is left out.
+    """
+    model, cpu = opened(name, work / "whole"), torch.device("cpu")
+    forward = Forward(model.family, model.module.train(), cpu, pick_precision("auto", cpu))
+    weights = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
+
+    def kept(count: int) -> int:
+        held: dict[int, torch.Tensor] = {}
+
+        def keep(values: torch.Tensor) -> torch.Tensor:
+            held[values.untyped_storage().data_ptr()] = values
+            return values
+
+        batch = random_batch(model.family, model.module.config, count, 0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+            outputs = forward({k: v for k, v in batch.items() if k not in BESIDE_INPUTS})
+        total = sum(values.untyped_storage().nbytes() for place, values in held.items() if place not in weights)
+        del outputs
+        return total
+
+    size_ = BATCHES.get(name, OTHERWISE)
+    small = size_ // 2
+    return {"bytes": size_ * (kept(size_) - kept(small)) // (size_ - small), "batch_size": size_}
+
+
+def train(name: str, work: Path, what: str) -> dict[str, Any]:
     """Peak memory of three steps of a training pass, and what the process took before it loaded a model."""
-    before = worker.peak_memory_bytes()
+    before, batch_size = worker.peak_memory_bytes(), BATCHES.get(name, OTHERWISE)
     model = opened(name, work / "whole")
     family, config = model.family, model.module.config
     model.processor = Blank(None, family=family, config=config)
@@ -251,9 +280,9 @@ def steps(family: str, given: argparse.Namespace) -> dict[str, Callable[[str, Pa
         "build": lambda name, work: build(name, work, given),
         "cut": lambda name, work: cut(name, work, given),
     }
+    found["activations"] = activations
     for what in TRAININGS:
-        for size_ in batches(family):
-            found[f"{what} {size_}"] = lambda name, work, w=(what, size_): train(name, work, *w)
+        found[what] = lambda name, work, w=what: train(name, work, w)
     for variant in VARIANTS:
         for precision in PRECISIONS:
             where = (variant, precision)
@@ -318,16 +347,13 @@ def tables(found: dict[str, Any]) -> str:
 def memory(found: dict[str, Any]) -> list[tuple[str, int, int]]:
     """For each step whose memory has a limit: what it took and the limit, in bytes.
 
-    Of a training it is the peak without what the process took before, and without what grows with the batch: with peaks P(b)
-    at two batch sizes that is P(b1) - b1 (P(b2) - P(b1)) / (b2 - b1).
+    Of a training it is the peak without what the process took before and without what autograd keeps of a batch's forward pass.
     """
     weights = 4 * found["build"]["parameters"]
     steps_ = ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
     rows = [(step, found[step]["peak_memory_bytes"], TIMES_FLOAT * weights + AND_BYTES) for step in steps_]
-    first, second = batches(found["family"])
     for what in TRAININGS:
-        low, high = (found[f"{what} {b}"]["peak_memory_bytes"] for b in (first, second))
-        fixed = low - first * max(0, high - low) // (second - first) - found[f"{what} {first}"]["before_bytes"]
+        fixed = found[what]["peak_memory_bytes"] - found[what]["before_bytes"] - found["activations"]["bytes"]
         rows.append((f"{what}, without activations", fixed, TIMES_TRAINING * weights))
     return rows
 

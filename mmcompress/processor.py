@@ -29,6 +29,8 @@ Tensors = dict[str, torch.Tensor]
 
 KEPT_FILES = ("processor_config.json", "chat_template.jinja", "chat_template.json", "normalizer.json", "added_tokens.json")
 """Files of a model's folder that say how inputs are made, beside the tokenizer's and the image processor's own."""
+NO_SETTINGS = ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "_name_or_path")
+"""What a stock processor says of itself that its tensors do not depend on."""
 
 
 @dataclass
@@ -75,6 +77,19 @@ class Processor:
             found = self.image_processor(images=items, return_tensors="pt")
         names = self.family.media[kind] if self.family is not None else ("pixel_values",)
         return [{name: found[name][i] for name in names} for i in range(len(items))]
+
+    def media_key(self, kind: str) -> str:
+        """Equal for processors that make the same tensors of the same pictures or recordings: their settings, and the shapes that
+        the model takes. Pruning a model changes neither.
+        """
+        tool = self.feature_extractor if kind == "audio" else self.image_processor
+        settings = {k: v for k, v in tool.to_dict().items() if k not in NO_SETTINGS} if tool is not None else {}
+        shapes: dict[str, list[int]] = {}
+        if self.family is not None and self.config is not None:
+            example = self.family.example_batch(self.config, 1)
+            shapes = {name: list(example[name].shape) for name in self.family.media.get(kind, ()) if name in example}
+        name = self.family.name if self.family is not None else ""
+        return json.dumps([name, settings, shapes], sort_keys=True, default=str)
 
     def stack(self, inputs: Sequence[Tensors]) -> Tensors:
         """One dict of tensors with a batch axis; tensors of unequal shapes get zeros at the end of each axis."""

@@ -21,7 +21,8 @@ BLOCK = 64
 KEEP_BYTES = 1_500_000_000
 Block = tuple[np.ndarray, dict[str, np.ndarray]]
 
-_kept: weakref.WeakKeyDictionary[Examples, list[Block]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Examples, tuple[str, list[Block]]] = weakref.WeakKeyDictionary()
+"""By examples the key of the processor that prepared them last, and the blocks."""
 
 
 class _Prepared:
@@ -35,14 +36,15 @@ class _Prepared:
         """Blocks of indices (N,) and the media's arrays by name, (N, ...) each, in the order of the examples.
 
         The same examples are scored once for every step and runtime, and decoding costs more than a small model: the blocks
-        are kept for the next time when all of them fit into 1.5 GB. What does not decode is left out where the examples allow
-        it.
+        are kept for the next time when all of them fit into 1.5 GB, until a processor that prepares them otherwise asks. What
+        does not decode is left out where the examples allow it.
 
         Raises:
             DataError: a picture or recording does not decode and may not be skipped, or none decodes.
         """
-        if examples in _kept:
-            yield from _kept[examples]
+        key = processor.media_key(examples.kind)
+        if examples in _kept and _kept[examples][0] == key:
+            yield from _kept[examples][1]
             return
         blocks: list[Block] = []
         keep, good = True, 0
@@ -57,7 +59,7 @@ class _Prepared:
         if not good:
             raise DataError(f"{examples.name}: not one {WORDS[examples.kind]} decodes")
         if keep:
-            _kept[examples] = blocks
+            _kept[examples] = key, blocks
 
     def _block(self, examples: Examples, processor: Processor, indices: range) -> Block:
         kept, items = [], []

@@ -60,8 +60,8 @@ TIMES_FLOAT, AND_BYTES = 3, 2_000_000_000
 TIMES_TRAINING = 5
 """The most that training may take beside its activations, in float32 bytes: weights, gradients, two moments, a teacher."""
 TRAININGS = ("finetune", "distill")
-BATCHES = {"clip-vit-b-32": 16, "smolvlm-256m": 2}
-OTHERWISE = 6
+BATCHES = {"clip-vit-b-32": 16, "siglip-base": 6}
+OTHERWISE = 2
 """Batch sizes of the trainings: so many that the activations of a batch, and not the optimiser's step, make the peak."""
 STEPS = 3
 

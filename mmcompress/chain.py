@@ -374,10 +374,11 @@ class Chain:
         at_end = [judge(gate, final, self.recipe.task.lower_is_better) for gate in self.recipe.gates if gate.on_miss == "report"]
         self.gates += at_end
         write_final(self.folder, self.folder / "steps" / self.names[last])
-        self.reporter.note("timing side by side")
-        which = compared(self.rows, final)
-        self.headline = time_headline(which, self.recipe.report, self.data["eval"], self.folder, self._onnx_of)
-        applied(self.headline, self.rows)
+        if self.recipe.report.side_by_side:
+            self.reporter.note("timing side by side")
+            which = compared(self.rows, final)
+            self.headline = time_headline(which, self.recipe.report, self.data["eval"], self.folder, self._onnx_of)
+            applied(self.headline, self.rows)
         shutil.rmtree(self.folder / TIMING, ignore_errors=True)
         self.robustness = robustness_of_run(self.recipe, self.folder, self.data, self.rows[0], final, self.reporter)
         report = self._write_report(final, finished=True)

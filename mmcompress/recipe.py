@@ -162,6 +162,11 @@ class ReportSettings(_Strict):
     seconds: float = Field(
         2.0, gt=0, le=600, description="Time spent on each latency figure, in seconds (at least 20 calls are made)."
     )
+    side_by_side: bool = Field(
+        True,
+        description="Time the models that the headline compares again when the run ends: all at once, in turns, the baseline "
+        "twice. Without it ratios are those of processes that ran one after another, with no interval and no noise beside them.",
+    )
     margin: float = Field(
         1.0,
         ge=0,

@@ -65,6 +65,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_without_side_by_side_no_ratio_claims_an_interval(tmp_path: Path) -> None:
+    report = mm.run(tiny.recipe(tmp_path), tmp_path / "run").report
+    assert (report.noise, report.timing) == ({}, None)
+    assert report.rows[-1].latency_ms["1"].n >= 20
+    assert all(not gain.intervals for gain in report.totals.speedup.values())
+    assert not (tmp_path / "run" / "measurements" / "side-by-side.json").exists()
+
+
 def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     have = {p.name for p in finished.iterdir()}
     assert {"recipe.yaml", "report.html", "report.md", "report.json", "README.md", "steps", "model", "onnx", "log.txt"} <= have

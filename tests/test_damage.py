@@ -498,7 +498,7 @@ def run_it(place: Path, **changes: Any) -> UserError | None:
         "task": {"type": "zero-shot-image-classification"},
         "data": {"eval": {"path": str(place / "test.parquet")}},
         "passes": [{"pass": "prune", "ratio": 0.5}],
-        "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.01, "runtimes": ["torch"]},
+        "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.01, "runtimes": ["torch"], "side_by_side": False},
         **changes,
     }
     error: UserError | None = None

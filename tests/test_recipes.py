@@ -51,7 +51,7 @@ def test_every_recipe_runs(path: Path, tmp_path: Path, timed_here: None) -> None
         f"model={tmp_path / 'model'}",
         f"data.train={{path: {tmp_path / 'train.parquet'}, columns: {columns}}}",
         f"data.eval={{path: {tmp_path / 'test.parquet'}, columns: {columns}}}",
-        "report={batch_sizes: [1], threads: 1, seconds: 0.01, runtimes: [torch]}",
+        "report={batch_sizes: [1], threads: 1, seconds: 0.01, runtimes: [torch], side_by_side: false}",
     ]
     recipe = load_recipe(path, sets)
     for i, step in enumerate(recipe.passes):

@@ -133,6 +133,6 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "task": {"type": "zero-shot-image-classification"},
         "data": {"train": {"path": str(folder / "train.parquet")}, "eval": {"path": str(folder / "test.parquet")}},
         "passes": [{"pass": "prune", "axis": "ffn", "ratio": 0.5}],
-        "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.01, "runtimes": ["torch"]},
+        "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.01, "runtimes": ["torch"], "side_by_side": False},
     }
     return {**base, **changes}

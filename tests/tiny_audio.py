@@ -32,6 +32,7 @@ def recordings(texts: Sequence[Any], speakers: Sequence[Any] | None = None, **se
 class Parrot:
     """A family that knows by a recording's first sample what it is to say."""
 
+    name = "parrot"
     media = {"audio": ("input_features",)}  # noqa: RUF012
     padding = "longest"
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from mmcompress.report.frame import flat_row
@@ -15,7 +16,6 @@ from tests.report import examples
 
 @pytest.mark.parametrize("name", examples.ALL)
 def test_reports_are_what_the_schema_says(name: str) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(report_schema())
     plain = json.loads(json.dumps(examples.ALL[name]().model_dump(mode="json"), allow_nan=False))
     jsonschema.validate(plain, report_schema(), cls=jsonschema.Draft202012Validator)

@@ -221,8 +221,8 @@ def test_qat_leaves_a_stock_model_and_files_that_agree(model: CompressedModel, t
     inputs = {k: v.numpy() for k, v in batch.items()}
     for name, tower, output in (("vision_model", "vision", "image_embeds"), ("text_model", "text", "text_embeds")):
         exported = torch.from_numpy(predict(name, inputs)[output])
-        # int8 is near the float weights, but is not them. How near the worst of these pictures is depends on what the machine trains
-        # in (bf16 or fp32) and on the weights' bits.
+        # int8 is near the float weights, but is not them. How near the worst of these pictures is depends on what the machine
+        # trains in (bf16 or fp32) and on the weights' bits.
         assert 0.99 < distance(exported, out.embeds[tower])["least_cosine"] < 1
         assert not torch.equal(exported, out.embeds[tower])
         facts = result["components"][name]

@@ -24,7 +24,7 @@ RECIPE = {
         {"pass": "export"},
     ],
     "gates": [{"metric": "accuracy", "max_drop": 5.0}],
-    "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.1, "runtimes": ["onnxruntime"]},
+    "report": {"batch_sizes": [1], "threads": 1, "seconds": 0.1, "runtimes": ["onnxruntime"], "side_by_side": False},
 }
 
 

@@ -61,6 +61,7 @@ def test_a_recipe_and_its_onnx_files(tmp_path: Path) -> None:
     assert next(iter(json.loads((tmp_path / "answer.json").read_text()))) == right
 
 
+@pytest.mark.slow
 def test_pretraining_in_small(tmp_path: Path) -> None:
     run("pretrain_shapes_clip.py", "--out", tmp_path / "clip", "--rows", "64", "--epochs", "1", "--batch", "32", "--threads", "1")
     model = CLIPModel.from_pretrained(tmp_path / "clip")

@@ -202,10 +202,14 @@ def test_settings_are_checked_without_torch() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> CompressedModel:
-    """After qat with two steps; tests only read it."""
+    """After qat with small steps; tests only read it.
+
+    AdamW's first steps are as large as the learning rate whatever the gradient, so that rounding decides where a unit without a
+    gradient goes: with small ones all machines have nearly the same weights to quantize.
+    """
     torch.set_num_threads(1)
     where = context(tiny.clip(seed=5), workdir=tmp_path_factory.mktemp("qat"))
-    return Qat(**SHORT, exclude=["visual_projection"]).apply(tiny.clip(), context=where)
+    return Qat(**{**SHORT, "learning_rate": 1e-5}, exclude=["visual_projection"]).apply(tiny.clip(), context=where)
 
 
 def test_qat_leaves_a_stock_model_and_files_that_agree(model: CompressedModel, trained: CompressedModel) -> None:
@@ -221,9 +225,9 @@ def test_qat_leaves_a_stock_model_and_files_that_agree(model: CompressedModel, t
     inputs = {k: v.numpy() for k, v in batch.items()}
     for name, tower, output in (("vision_model", "vision", "image_embeds"), ("text_model", "text", "text_embeds")):
         exported = torch.from_numpy(predict(name, inputs)[output])
-        # int8 is near the float weights, but is not them. How near the worst of these pictures is depends on what the machine
-        # trains in (bf16 or fp32) and on the weights' bits.
-        assert 0.99 < distance(exported, out.embeds[tower])["least_cosine"] < 1
+        # int8 is near the float weights, but is not them. Weights of 7 bits have half the levels, so twice the rounding error.
+        least = {8: 0.995, 7: 0.99}[result["weight_bits"]]
+        assert least < distance(exported, out.embeds[tower])["least_cosine"] < 1
         assert not torch.equal(exported, out.embeds[tower])
         facts = result["components"][name]
         assert facts["onnx_to_fake"]["least_cosine"] > 0.999

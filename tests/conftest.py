@@ -54,6 +54,8 @@ def model() -> CompressedModel:
 class TimedHere:
     """A worker that computes in this process."""
 
+    spins = 0.0
+
     def __init__(self, job: dict[str, Any], threads: int) -> None:
         self.timer = worker.Timer(job)
 
@@ -62,9 +64,6 @@ class TimedHere:
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         return self.timer.answer(message)
-
-    def rest(self) -> None:
-        pass
 
     def cpu_seconds(self) -> float:
         return 0.0

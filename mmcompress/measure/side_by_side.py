@@ -29,11 +29,11 @@ from mmcompress.report.schema_speed import Cost, EndToEnd, Latency, Offline, Rat
 
 TWIN = " (again)"
 """What the name of the first model's second process ends with."""
-TURN_SECONDS, LEAST, UNTIMED = 0.03, 3, 2
+TURN_SECONDS, LEAST, UNTIMED = 0.06, 3, 2
 FEWEST_ROUNDS = 24
 PRECISE = 0.02
 """Ratios whose intervals reach no further than this to both sides are known well enough."""
-PATIENCE = 3.0
+PATIENCE = 5.0
 """How many times the recipe's seconds one figure may take, times the models that take turns."""
 LARGEST_BATCH, WORTH = 32, 1.03
 """How far the batch size is doubled for the offline scenario, and by how much a doubling must raise the throughput."""

@@ -178,14 +178,12 @@ class Timer:
         """Does one thing that it is told to; ``cpu_seconds`` is this process's processor time before and after.
 
         ``turn`` times one ``figure`` for ``seconds``, and makes ``least`` calls at least after ``untimed`` ones; ``warm`` makes
-        ``calls`` calls and times nothing; ``peak`` asks for the memory.
+        ``calls`` calls at least, for ``seconds``, and tells no times; ``peak`` asks for the memory.
         """
         before = time.process_time()
         found: dict[str, Any] = {}
         if message["do"] == "warm":
-            call = self._figure(message["figure"])
-            for _ in range(message["calls"]):
-                call()
+            timed(self._figure(message["figure"]), message.get("seconds", 0.0), message["calls"], untimed=0)
         elif message["do"] == "turn":
             self.preparing.clear()
             untimed = message["untimed"]

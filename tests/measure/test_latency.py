@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -68,6 +68,8 @@ class Scripted:
 
     at_work: str = ""
     log: list[str]
+    spins = 0.25
+    leads: ClassVar[list[tuple[str, float]]] = []
 
     def __init__(self, job: dict[str, Any], threads: int) -> None:
         self.name, self.ms, self.turns = job["folder"], {"slow": 20.0, "fast": 10.0}[job["folder"]], 0
@@ -80,13 +82,12 @@ class Scripted:
             return {"bytes": 1000}
         if message["do"] == "turn":
             Scripted.log.append(self.name)
+        elif "seconds" in message:
+            Scripted.leads.append((self.name, message["seconds"]))
         self.turns += 1
         # The machine is three times as slow every other round, for everyone.
         slow = 3.0 if (len(Scripted.log) - 1) // 3 % 2 else 1.0
         return {"times": [self.ms * slow] * message.get("least", 0), "preparing": []}
-
-    def rest(self) -> None:
-        pass
 
     def cpu_seconds(self) -> float:
         return 0.0
@@ -96,11 +97,13 @@ class Scripted:
 
 
 def test_turns_cancel_what_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    Scripted.log = []
+    Scripted.log, Scripted.leads = [], []
     monkeypatch.setattr(turns, "start", Scripted)
     entries = [Entry(name, Path(name), "torch", {1: [], 2: []}) for name in ("slow", "fast")]
     found = side_by_side.side_by_side(entries, [("slow", "fast")], Settings([1, 2], 1, 0.01))
     assert Scripted.log[:6] == ["slow", "slow", "fast", "fast", "slow", "slow"]  # the twin is the second "slow"
+    # Each begins with calls that nobody times, as long as the threads of the one before may spin; who goes on needs none.
+    assert Scripted.leads[:4] == [("slow", 0.25), ("fast", 0.25), ("slow", 0.25), ("slow", 0.25)]
     assert found.ratios["slow", "fast"]["1"].ratio == pytest.approx(2)
     assert found.noise["2"].ratio == pytest.approx(1)
     assert found.latency["slow"]["1"].p50 in (20.0, 40.0, 60.0)

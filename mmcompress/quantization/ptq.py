@@ -9,32 +9,22 @@ x86 without VNNI adds two products of uint8 and int8 in 16 bits, which overflow:
 the float ones there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
 from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
+from mmcompress.quantization.ranges import Feeds as Feeds
+from mmcompress.quantization.ranges import Ranges, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
-
-Feeds = Mapping[str, NDArray[Any]]
-"""One batch: an array for each of the graph's inputs."""
 
 
 def quantize_dynamic_int8(
@@ -86,7 +76,7 @@ def quantize_dynamic_int8(
 def quantize_static_int8(
     source: Path,
     target: Path,
-    calibration: Iterable[Feeds],
+    calibration: Iterable[Feeds] | Ranges,
     *,
     outputs: bool = False,
     attention: bool = False,
@@ -97,7 +87,7 @@ def quantize_static_int8(
     exclude: Sequence[str] = (),
     reduce_range: bool | None = None,
 ) -> QuantizationResult:
-    """Int8 with activation ranges (min and max) from calibration data, written as QDQ.
+    """Int8 with activation ranges from calibration data, written as QDQ.
 
     Only inputs and weights of linear layers are quantized, so that ONNX Runtime multiplies integers and gives floats
     in one kernel (MatMulIntegerToFloat). Embedding tables are stored in int8, one scale a row.
@@ -105,7 +95,7 @@ def quantize_static_int8(
     Args:
         source: Float file, as `export_component` writes it.
         target: Where to write.
-        calibration: Batches; read once, one at a time.
+        calibration: Batches, read once, one at a time; or what `collect_ranges` found in them, where several files are made.
         outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
             that want it.
         attention: Whether to quantize the products of two activations too, where ONNX Runtime quantizes their outputs as well.
@@ -128,24 +118,25 @@ def quantize_static_int8(
         if not plan.chosen:
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
-        quantize_static(
-            str(prepared),
-            str(target),
-            _Reader(calibration, plan.inputs),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(ops),
-            nodes_to_quantize=[*plan.chosen, *(plan.products if attention else ())],
-            per_channel=per_channel,
-            reduce_range=int8_saturates() if reduce_range is None else reduce_range,
-            activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            use_external_data_format=onnx_graph.is_large(prepared),
-            extra_options={
+        ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(prepared, calibration)
+        activation = QuantType.QInt8 if signed else QuantType.QUInt8
+        quantizer = QDQQuantizer(
+            load_model_with_shape_infer(prepared),
+            per_channel,
+            int8_saturates() if reduce_range is None else reduce_range,
+            QuantType.QInt8,
+            activation,
+            ranges.for_onnxruntime(signed),
+            [*plan.chosen, *(plan.products if attention else ())],
+            [],
+            list(ops),
+            {
                 "OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"],
                 "ActivationSymmetric": signed,
             },
         )
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(str(target), onnx_graph.is_large(prepared))
     return _finish(source, target, plan)
 
 
@@ -153,7 +144,6 @@ def quantize_static_int8(
 class _Plan:
     """Which nodes of a prepared file are to be quantized."""
 
-    inputs: tuple[str, ...]
     chosen: list[str]
     others: list[str]
     products: list[str]
@@ -166,42 +156,13 @@ class _Plan:
         model = onnx.load(prepared, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
         if not layers:  # nothing but tables (a component that only looks tokens up)
-            return cls(tuple(value.name for value in model.graph.input), [], [], [], [], tuple(include), tuple(exclude))
+            return cls([], [], [], [], tuple(include), tuple(exclude))
         chosen = [node.name for node in layers if node.op_type in ops and is_meant(module_path(node.name), include, exclude)]
         if not chosen:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
         products = [node.name for node in onnx_graph.free_products(model)]
-        return cls(
-            tuple(value.name for value in model.graph.input),
-            chosen,
-            others,
-            products,
-            others + products,
-            tuple(include),
-            tuple(exclude),
-        )
-
-
-class _Reader(CalibrationDataReader):
-    """Hands calibration batches on one at a time, and says what is wrong with them."""
-
-    def __init__(self, batches: Iterable[Feeds], inputs: tuple[str, ...]) -> None:
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise ValueError("static quantization needs calibration data, and there is none")
-        self._batches: Iterator[Feeds] = chain([first], iterator)
-        self._inputs = inputs
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        batch = next(self._batches, None)
-        if batch is None:
-            return None
-        missing = [name for name in self._inputs if name not in batch]
-        if missing:
-            raise ValueError(f"calibration batch lacks {missing}; it has {sorted(batch)}")
-        return {name: np.asarray(batch[name]) for name in self._inputs}
+        return cls(chosen, others, products, others + products, tuple(include), tuple(exclude))
 
 
 def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:

@@ -42,6 +42,10 @@ class GraphEdit:
             return None
         return readers[0]
 
+    def is_output(self, name: str) -> bool:
+        """Whether a value is one of the graph's outputs."""
+        return name in self._outputs
+
     def maker(self, name: str, *kinds: str) -> onnx.NodeProto | None:
         """The node that makes a value, if it is of these kinds."""
         node = self.makers.get(name)
@@ -58,7 +62,7 @@ class GraphEdit:
 
     def add(self, name: str, values: NDArray[Any]) -> str:
         """A new weight."""
-        self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
         return name
 
     def replace(self, old: Iterable[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:

@@ -15,6 +15,7 @@ from mmcompress.quantization.naming import is_meant, module_path
 from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES, EXTERNAL_DATA_SUFFIX
 from mmcompress.quantization.onnx_file import write_model
 from mmcompress.quantization.patches import patches_as_products
+from mmcompress.quantization.selected_rows import select_rows_early
 
 PRODUCT_OPS = ("MatMul", "Gemm", "Conv")
 MIN_TABLE_BYTES = 65_536
@@ -46,7 +47,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     write_model(model, lambda: model.graph.initializer, path)
 
 
-def prepare(source: Path, target: Path, *, patches: bool = True) -> tuple[str, ...]:
+def prepare(source: Path, target: Path, *, patches: bool = True, rows: bool = True) -> tuple[str, ...]:
     """Makes a file that ONNX Runtime's quantizers accept: constants folded, stale shapes dropped, weights in `<target>_data`.
 
     This is the part of `quant_pre_process` that the quantizers need; the whole of it holds the weights four times. Shapes are
@@ -57,6 +58,7 @@ def prepare(source: Path, target: Path, *, patches: bool = True) -> tuple[str, .
         source: Float file, as `export_component` writes it.
         target: Where to write.
         patches: Whether convolutions over patches become products of matrices.
+        rows: Whether rows that nothing reads are left out.
 
     Returns:
         The names of the products that were convolutions.
@@ -72,6 +74,8 @@ def prepare(source: Path, target: Path, *, patches: bool = True) -> tuple[str, .
     model = onnx.load(target, load_external_data=False)
     del model.graph.value_info[:]
     made = patches_as_products(model, target.parent) if patches else ()
+    if rows:
+        select_rows_early(model)
     # Else the quantizers advise to do what was just done.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     onnx.save_model(model, target)

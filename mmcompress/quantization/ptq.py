@@ -16,12 +16,11 @@ from tempfile import TemporaryDirectory
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
 from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
+from mmcompress.quantization.qdq import write_qdq
 from mmcompress.quantization.ranges import Feeds as Feeds
 from mmcompress.quantization.ranges import Ranges, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
@@ -119,24 +118,19 @@ def quantize_static_int8(
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
         ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(prepared, calibration)
-        activation = QuantType.QInt8 if signed else QuantType.QUInt8
-        quantizer = QDQQuantizer(
-            load_model_with_shape_infer(prepared),
-            per_channel,
-            int8_saturates() if reduce_range is None else reduce_range,
-            QuantType.QInt8,
-            activation,
-            ranges.for_onnxruntime(signed),
+        write_qdq(
+            prepared,
+            target,
             [*plan.chosen, *(plan.products if attention else ())],
-            [],
-            list(ops),
-            {
+            ranges.for_onnxruntime(signed),
+            per_channel=per_channel,
+            reduce_range=int8_saturates() if reduce_range is None else reduce_range,
+            activation=QuantType.QInt8 if signed else QuantType.QUInt8,
+            options={
                 "OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"],
                 "ActivationSymmetric": signed,
             },
         )
-        quantizer.quantize_model()
-        quantizer.model.save_model_to_file(str(target), onnx_graph.is_large(prepared))
     return _finish(source, target, plan)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
@@ -37,10 +38,16 @@ class Quantize(Pass):
         "weights in blocks, activations in float. float16: weights and arithmetic, but for LayerNorm and Softmax. bfloat16: "
         "weights alone. A mapping names a scheme by tower or component, and leaves the others in float32.",
     )
-    samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static (8 to 100000).")
-    block_size: Literal[32, 64, 128] = Field(
-        32,
-        description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger.",
+    samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static, gptq and awq (8 to 100000).")
+    block_size: Literal[32, 64, 128] | None = Field(
+        None,
+        description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger. "
+        "Left out: 32 at 4 bits, 128 at 8. Layers that it does not divide take a smaller one where that takes less space.",
+    )
+    algorithm: Literal["rtn", "gptq", "awq"] = Field(
+        "rtn",
+        description="How the weight-only schemes round. rtn: to the nearest, needs no data. gptq: later weights make up for the "
+        "errors of earlier ones, by calibration examples. awq: finer where inputs are large, by calibration examples.",
     )
     include: list[str] = Field(
         default_factory=list,
@@ -74,6 +81,15 @@ class Quantize(Pass):
         for field, patterns in (("include", self.include), ("exclude", self.exclude)):
             for text in broken(patterns):
                 raise ValueError(f"{field}: {text}")
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_has_weights(self) -> Self:
+        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
+        rounded = any(scheme.endswith("weight-only") for scheme in schemes)
+        # One int8 scheme for a whole model gives decoders int8 weights alone.
+        if self.algorithm != "rtn" and not (rounded or self.scheme in FIXED if isinstance(self.scheme, str) else rounded):
+            raise ValueError(f"algorithm: {self.algorithm} is of the weight-only schemes, and `scheme` names none")
         return self
 
     def weight_bytes(self) -> float:
@@ -144,7 +160,7 @@ class Quantize(Pass):
                 ranges = "from calibration" if place.startswith("static") else "at run time"
                 facts |= {"placement": place, "ranges": ranges}
             else:
-                found = self._quantize(scheme, source, target, name)
+                found = self._quantize(scheme, source, target, name, partial(self._calibration, model, context, name))
             source.unlink()
             result[name] = {**facts, **asdict(found)}
         for pattern in (*self.include, *self.exclude):
@@ -155,15 +171,24 @@ class Quantize(Pass):
         new.onnx = folder
         return new, {"weight_bits": 7 if narrow else 8, "components": result}
 
-    def _quantize(self, scheme: Scheme, source: Path, target: Path, name: str) -> QuantizationResult:
-        """One component's file by a scheme that needs no data."""
+    def _quantize(
+        self, scheme: Scheme, source: Path, target: Path, name: str, feeds: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ) -> QuantizationResult:
+        """One component's file by a scheme without int8 activations; ``feeds`` gives calibration batches."""
         from mmcompress.quantization.half import to_bfloat16, to_float16
         from mmcompress.quantization.weight_only import quantize_weights
 
         if scheme in ("int8-weight-only", "int4-weight-only"):
             bits: Literal[4, 8] = 8 if scheme == "int8-weight-only" else 4
             return quantize_weights(
-                source, target, bits=bits, block_size=self.block_size, include=self.include, exclude=self.exclude
+                source,
+                target,
+                bits=bits,
+                block_size=self.block_size,
+                algorithm=self.algorithm,
+                calibration=feeds,
+                include=self.include,
+                exclude=self.exclude,
             )
         halve = to_float16 if scheme == "float16" else to_bfloat16
         try:

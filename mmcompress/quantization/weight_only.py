@@ -7,54 +7,67 @@ convolutions over patches.
 Shapes: K inputs, N outputs of a layer; blocks run along K.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from mmcompress.quantization import onnx_graph
+from mmcompress.quantization import awq, onnx_graph
 from mmcompress.quantization._logging import quiet, root_kept
+from mmcompress.quantization.blocks import DEFAULT_SIZES, INT8_ACTIVATIONS, Bits, Grid, fitting, replace_weights
+from mmcompress.quantization.gptq import gptq
+from mmcompress.quantization.moments import stream
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.result import QuantizationResult
 
 with root_kept():
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-INT8_ACTIVATIONS = 4
-"""MatMulNBits' accuracy_level that lets its kernels round activations to int8, block by block and at run time, which is several
-times as fast as float products on x86 with VNNI. Blocks are small, so that it costs next to no accuracy."""
+Digits = Mapping[str, tuple[NDArray[np.uint8], Grid]]
+"""The digits (K, N) of weights and what they stand for, by the weight's name."""
+Feeds = Callable[[], Iterable[Mapping[str, NDArray[Any]]]]
+"""Gives the calibration batches, each time anew."""
 
 
 def quantize_weights(
     source: Path,
     target: Path,
     *,
-    bits: Literal[4, 8],
-    block_size: int = 32,
+    bits: Bits,
+    block_size: int | None = None,
+    algorithm: Literal["rtn", "gptq", "awq"] = "rtn",
+    calibration: Feeds | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> QuantizationResult:
-    """Stores the weights of layers and embedding tables as integers; needs no data.
+    """Stores the weights of layers and embedding tables as integers.
 
-    Weights are rounded to the nearest; those of 8 bits are symmetric, those of 4 bits have a zero point for each block. Tables
-    have one scale a row at 8 bits, and a scale for each block at 4. The patch embedding takes 8 bits in any case: it is the
-    one layer that sees raw pixels, and a few hundredths of the file.
+    Weights of 8 bits are symmetric, those of 4 bits have a zero point for each block. Tables have one scale a row at 8 bits, and
+    a scale for each block at 4; they are rounded to the nearest. The patch embedding takes 8 bits in any case, to the nearest: it
+    is the one layer that sees raw pixels, and a few hundredths of the file.
 
     Args:
         source: Float file, as `export_component` writes it.
         target: Where to write.
         bits: Of each weight.
-        block_size: Weights that share a scale, along K: 32, 64 or 128.
+        block_size: Weights that share a scale, along K: 32, 64 or 128; None for 32 at 4 bits and 128 at 8. Layers whose inputs
+            it does not divide take a smaller one, where that takes less space.
+        algorithm: rtn rounds to the nearest and needs no data; see `gptq.gptq` and `awq.awq` for the others.
+        calibration: Batches for those.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
         exclude: Patterns of module paths to leave float.
 
     Raises:
-        ValueError: Nothing is left to quantize.
+        ValueError: Nothing is left to quantize, or there is no calibration data where the algorithm needs it.
     """
+    block_size = block_size or DEFAULT_SIZES[bits]
+    if algorithm != "rtn" and calibration is None:
+        raise ValueError(f"{algorithm} needs calibration data")
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
         prepared = Path(scratch) / "prepared.onnx"
         patches = set(onnx_graph.prepare(source, prepared))
@@ -65,10 +78,14 @@ def quantize_weights(
     if layers and not chosen:
         raise ValueError(f"{source}: no MatMul with a weight is left to quantize")
     lookups = {node.name: module_path(node.name) for node in model.graph.node if node.op_type == "Gather"}
+    if algorithm != "rtn" and calibration is not None and (meant := chosen - (patches if bits == 4 else set())):
+        replace_weights(model, by_moments(model, meant, bits, block_size, algorithm, calibration), meant)
+        chosen -= meant
     tables = _quantize_tables(model, bits, block_size, tuple(include), tuple(exclude))
-    for width, meant in {8: chosen & patches, bits: chosen - (patches if bits == 4 else set())}.items():
-        if meant:
-            _process(model, _config(width, block_size), [node.name for node in model.graph.node if node.name not in meant])
+    for width, own in {8: chosen & patches, bits: chosen - (patches if bits == 4 else set())}.items():
+        for size, meant in _by_block_size(model, own, width, block_size).items():
+            _process(model, _config(width, size), [node.name for node in model.graph.node if node.name not in meant])
+    _drop_unused(model)
     onnx_graph.save(model, target)
     floats = {node.name for node in onnx_graph.weighted_nodes(model)}
     names = [node.name for node in layers]
@@ -83,6 +100,44 @@ def quantize_weights(
         unmatched_exclude=unmatched(paths, (*include, *exclude)),
         op_counts=onnx_graph.op_counts(model),
     )
+
+
+def by_moments(
+    model: onnx.ModelProto, meant: set[str], bits: Bits, block_size: int, algorithm: Literal["gptq", "awq"], feeds: Feeds
+) -> Digits:
+    """Rounds the weights of MatMul nodes by what their inputs are on calibration data.
+
+    The inputs are those of the float model. AWQ changes LayerNorms and weights of ``model`` so that its outputs stay; GPTQ
+    leaves it as it is.
+
+    Args:
+        meant: the names of the nodes.
+    """
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    waiting: dict[str, set[str]] = {}  # a weight that several nodes share waits for the inputs of all of them
+    for node in model.graph.node:
+        if node.name in meant:
+            readers.setdefault(node.input[0], []).append(node)
+            waiting.setdefault(node.input[1], set()).add(node.input[0])
+    products: dict[str, NDArray[Any]] = {}
+    found: dict[str, tuple[NDArray[np.uint8], Grid]] = {}
+    wanted = {tensor: int(held[nodes[0].input[1]].dims[0]) for tensor, nodes in readers.items()}
+    for tensor, moments in stream(model, wanted, feeds):
+        product, layers = moments.product, readers[tensor]
+        size = fitting(len(product), block_size, bits)
+        if algorithm == "awq" and awq.foldable(model, tensor, layers) is not None:
+            weights = [numpy_helper.to_array(held[layer.input[1]]) for layer in layers]
+            scales = awq.input_scales(weights, moments, bits, size)
+            awq.fold_into_norm(model, tensor, scales, layers)
+            product = product / np.outer(scales, scales)
+        for name in {layer.input[1] for layer in layers}:
+            products[name] = products[name] + product if name in products else product
+            waiting[name].discard(tensor)
+            if not waiting[name]:
+                rounded = gptq if algorithm == "gptq" else awq.awq
+                found[name] = rounded(numpy_helper.to_array(held[name]), products.pop(name), bits, size)
+    return found
 
 
 def gemms_to_products(model: onnx.ModelProto) -> None:
@@ -129,6 +184,16 @@ def _quantize_tables(
         )
         _process(model, config, [node.name for node in model.graph.node if node.name not in meant])
     return tuple(fitting)
+
+
+def _by_block_size(model: onnx.ModelProto, meant: set[str], bits: int, block_size: int) -> dict[int, set[str]]:
+    """The names of the nodes by the blocks that they get."""
+    inputs = {tensor.name: int(tensor.dims[0]) for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    found: dict[int, set[str]] = {}
+    for node in model.graph.node:
+        if node.name in meant:
+            found.setdefault(fitting(inputs[node.input[1]], block_size, bits), set()).add(node.name)
+    return found
 
 
 def _config(bits: int, block_size: int) -> nbits.WeightOnlyQuantConfig:

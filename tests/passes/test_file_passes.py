@@ -113,6 +113,27 @@ def test_files_of_every_scheme_are_found_and_close(
     assert (combined.onnx / one).exists() == (suffixes[0] == suffixes[1])
 
 
+@pytest.mark.slow
+def test_weights_are_rounded_by_calibration_examples(model: mm.CompressedModel, context: Context) -> None:
+    new = mm.passes.Quantize(scheme="int4-weight-only", algorithm="gptq", samples=16).apply(model, context=context)
+    assert new.onnx is not None
+    # What rounding to the nearest would have made of the same float model, on an example that calibrated.
+    again = mm.passes.Quantize(scheme="int4-weight-only").apply(model, context=Context(workdir=context.workdir / "rtn"))  # type: ignore[operator]
+    assert again.onnx is not None
+    pixels = {"pixel_values": next(mm.passes.Quantize(samples=16)._calibration(model, context, "vision_model"))["pixel_values"]}
+    wanted = TorchPredict(model)("vision_model", pixels)["image_embeds"]
+    ours, nearest = (OnnxPredict(f, 1)("vision_model", pixels)["image_embeds"] for f in (new.onnx, again.onnx))
+    assert np.linalg.norm(ours - wanted) < 0.8 * np.linalg.norm(nearest - wanted)
+
+
+def test_an_algorithm_without_weights_to_round_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="algorithm: gptq is of the weight-only schemes, and `scheme` names none"):
+        mm.passes.Quantize(scheme="float16", algorithm="gptq")
+    with pytest.raises(ValueError, match="names none"):
+        mm.passes.Quantize(scheme={"vision": "int8-static"}, algorithm="awq")
+    mm.passes.Quantize(scheme="int8-static", algorithm="gptq")  # of decoders
+
+
 def test_a_scheme_for_something_unknown_is_refused(model: mm.CompressedModel, context: Context) -> None:
     step = mm.passes.Quantize(scheme={"vison": "float16"})
     with pytest.raises(RecipeError, match=r"'vison' is neither a tower nor a component; allowed: vision, text, vision_model"):

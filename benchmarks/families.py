@@ -39,7 +39,7 @@ from mmcompress.context import Context
 from mmcompress.data.audio import Audio
 from mmcompress.data.examples import Examples
 from mmcompress.environment import environment
-from mmcompress.families.base import BESIDE_INPUTS, Family, Outputs
+from mmcompress.families.base import Family, Outputs
 from mmcompress.files import write_json
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import latency, size, worker
@@ -52,6 +52,8 @@ from mmcompress.tasks._respond import answer_loss
 from mmcompress.tasks.base import ANSWER_LOSSES, DUAL_ENCODER_LOSSES, Scores, Task
 from mmcompress.training.device import pick_precision
 from mmcompress.training.forward import Forward
+from mmcompress.training.objective import TaskObjective, distillation
+from mmcompress.training.pieces import Pieces
 
 VARIANTS = ("whole", "cut")
 PRECISIONS = ("fp32", "int8")
@@ -173,53 +175,77 @@ class RandomPairs(RandomInputs):
     distillation: ClassVar = DUAL_ENCODER_LOSSES
 
 
-def activations(name: str, work: Path) -> dict[str, Any]:
-    """What autograd keeps of one batch's forward pass.
+def activations(name: str, work: Path, what: str) -> dict[str, Any]:
+    """What the activations of one batch need: the most that is held at once in the forward and backward pass of its loss.
 
-    From two sizes, so that what it keeps once (weights in bf16, under autocast) is left out.
+    Counted in allocations, with the gradients there already, at two batch sizes: what does not grow with the batch (weights in
+    bf16 under autocast, the gradient of one layer on its way to the others) is no activation. The loss is part of it: logits over
+    a vocabulary with their softmax, and in distilling the teacher's.
     """
     model, cpu = opened(name, work / "whole"), torch.device("cpu")
-    forward = Forward(model.family, model.module.train(), cpu, pick_precision("auto", cpu))
-    weights = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
+    model.processor = Blank(None, family=model.family, config=model.module.config)
+    model.module.train()
+    context, settings = training_context(model, name, work, 1), training_pass(what, model, 1)
+    task = context.need_task(what)
+    objective = distillation(settings, model, context, what) if isinstance(settings, mm.passes.Distill) else TaskObjective(task)
+    precision = pick_precision("auto", cpu)
+    objective.start(cpu, precision)
+    pieces = Pieces(Forward(model.family, model.module, cpu, precision, objective.needs), objective, None)
+    for parameter in [*model.module.parameters(), *objective.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
 
-    def kept(count: int) -> int:
-        held: dict[int, torch.Tensor] = {}
+    def most(count: int, index: int) -> int:
+        batch = random_batch(model.family, model.module.config, count, index)
+        # Indices of their own, or the teacher would remember its answers.
+        batch["index"] = torch.arange(index, index + count)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+            pieces(batch, 0, backward=True)
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+        return int(held.max())
 
-        def keep(values: torch.Tensor) -> torch.Tensor:
-            held[values.untyped_storage().data_ptr()] = values
-            return values
-
-        batch = random_batch(model.family, model.module.config, count, 0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
-            outputs = forward({k: v for k, v in batch.items() if k not in BESIDE_INPUTS})
-        total = sum(values.untyped_storage().nbytes() for place, values in held.items() if place not in weights)
-        del outputs
-        return total
-
-    size_ = BATCHES.get(name, OTHERWISE)
+    size_ = batch_size_of(name)
     small = size_ // 2
-    return {"bytes": size_ * (kept(size_) - kept(small)) // (size_ - small), "batch_size": size_}
+    counted = {count: most(count, index) for count, index in ((size_, 0), (small, size_))}
+    per_batch = size_ * (counted[size_] - counted[small]) // (size_ - small)
+    return {"bytes": per_batch, "beside_bytes": counted[size_] - per_batch, "batch_size": size_}
 
 
-def train(name: str, work: Path, what: str) -> dict[str, Any]:
-    """Peak memory of three steps of a training pass, and what the process took before it loaded a model."""
-    before, batch_size = worker.peak_memory_bytes(), BATCHES.get(name, OTHERWISE)
-    model = opened(name, work / "whole")
-    family, config = model.family, model.module.config
-    model.processor = Blank(None, family=family, config=config)
+def batch_size_of(name: str) -> int:
+    """Of the trainings."""
+    return BATCHES.get(name, OTHERWISE)
+
+
+def training_context(model: CompressedModel, name: str, work: Path, steps_: int) -> Context:
+    """Random examples, their task, and the model itself as the teacher."""
+    family = model.family
     kind = next(iter(family.media))
     nothing: Any = Image.new("RGB", (1, 1)) if kind == "image" else Audio(np.zeros(1, np.float32), 16_000)
-    rows = Examples([{kind: nothing}] * (STEPS * batch_size), "random inputs", {kind: kind})
+    rows = Examples([{kind: nothing}] * ((steps_ + 1) * batch_size_of(name)), "random inputs", {kind: kind})
     task = (RandomPairs if "embeddings" in family.abilities else RandomInputs)(type="random")
-    settings: dict[str, Any] = {"max_steps": STEPS, "epochs": STEPS, "batch_size": batch_size}
-    made = mm.passes.Finetune(**settings) if what == "finetune" else mm.passes.Distill(**settings, losses=dict(task.distillation))
 
     def teacher() -> CompressedModel:
         found = opened(name, work / "whole")
         return CompressedModel(found.module, model.processor, family, name)
 
-    context = Context(task=task, train=rows, baseline=teacher, device="cpu", consume=True)
-    made.apply(model, context=context)
+    return Context(task=task, train=rows, baseline=teacher, device="cpu", consume=True)
+
+
+def training_pass(what: str, model: CompressedModel, batch_size: int) -> mm.passes.Finetune | mm.passes.Distill:
+    """A training of a few steps."""
+    settings: dict[str, Any] = {"max_steps": STEPS, "epochs": STEPS, "batch_size": batch_size}
+    if what == "finetune":
+        return mm.passes.Finetune(**settings)
+    losses = DUAL_ENCODER_LOSSES if "embeddings" in model.family.abilities else ANSWER_LOSSES
+    return mm.passes.Distill(**settings, losses=dict(losses))
+
+
+def train(name: str, work: Path, what: str) -> dict[str, Any]:
+    """Peak memory of three steps of a training pass, and what the process took before it loaded a model."""
+    before = worker.peak_memory_bytes()
+    model = opened(name, work / "whole")
+    model.processor = Blank(None, family=model.family, config=model.module.config)
+    training_pass(what, model, batch_size_of(name)).apply(model, context=training_context(model, name, work, STEPS))
     return {"before_bytes": before, "peak_memory_bytes": worker.peak_memory_bytes()}
 
 
@@ -280,8 +306,8 @@ def steps(family: str, given: argparse.Namespace) -> dict[str, Callable[[str, Pa
         "build": lambda name, work: build(name, work, given),
         "cut": lambda name, work: cut(name, work, given),
     }
-    found["activations"] = activations
     for what in TRAININGS:
+        found[f"activations {what}"] = lambda name, work, w=what: activations(name, work, w)
         found[what] = lambda name, work, w=what: train(name, work, w)
     for variant in VARIANTS:
         for precision in PRECISIONS:
@@ -347,13 +373,13 @@ def tables(found: dict[str, Any]) -> str:
 def memory(found: dict[str, Any]) -> list[tuple[str, int, int]]:
     """For each step whose memory has a limit: what it took and the limit, in bytes.
 
-    Of a training it is the peak without what the process took before and without what autograd keeps of a batch's forward pass.
+    Of a training it is the peak without what the process took before and without what the activations of a batch need.
     """
     weights = 4 * found["build"]["parameters"]
     steps_ = ["cut", *(f"make {variant} {precision}" for variant in VARIANTS for precision in PRECISIONS)]
     rows = [(step, found[step]["peak_memory_bytes"], TIMES_FLOAT * weights + AND_BYTES) for step in steps_]
     for what in TRAININGS:
-        fixed = found[what]["peak_memory_bytes"] - found[what]["before_bytes"] - found["activations"]["bytes"]
+        fixed = found[what]["peak_memory_bytes"] - found[what]["before_bytes"] - found[f"activations {what}"]["bytes"]
         rows.append((f"{what}, without activations", fixed, TIMES_TRAINING * weights))
     return rows
 

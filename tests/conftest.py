@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ be_polite()
 import pytest
 import torch
 
+from mmcompress.quantization import onnx_export
+from tests import exports
+
+# Before anything imports it by name.
+onnx_export.export_component = exports.remembered(onnx_export.export_component)
+
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import side_by_side, turns, worker
 from mmcompress.model import CompressedModel
@@ -34,6 +41,12 @@ silence_libraries()
 def _no_cache_of_others(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a teacher said in another test, or in the user's own runs, must not be found."""
     monkeypatch.setenv("MMCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The folder goes when the last process is done: with xdist that is the one that hands tests out."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(exports.folder(), ignore_errors=True)
 
 
 @pytest.fixture

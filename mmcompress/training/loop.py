@@ -24,6 +24,7 @@ from mmcompress.training.augment_settings import OF_IMAGES, OF_SOUNDS
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
 from mmcompress.training.holdout import Watch, hold_out
+from mmcompress.training.memory import give_back_blocks
 from mmcompress.training.objective import Objective
 from mmcompress.training.schedule import count_steps
 from mmcompress.training.settings import TrainingSettings
@@ -72,6 +73,7 @@ def train(
     feed, held = _feeds(model, context, settings, what)
     plan = Plan(what, count_steps(settings, feed.steps_per_epoch), context.seed, device, precision, span)
     home = next(model.module.parameters()).device
+    give_back_blocks(model.module)
     began = time.perf_counter()
     # For the whole training: checkpointing runs layers again in the backward pass, and they must do the same.
     eager = eager_attention(model.module) if "attentions" in objective.needs else nullcontext()

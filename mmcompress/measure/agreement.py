@@ -30,6 +30,20 @@ def log_probabilities(seen: Observed) -> np.ndarray | None:
     return found
 
 
+def log_probabilities_of_texts(seen: Observed) -> np.ndarray | None:
+    """For each item whose embedding is kept the log-probabilities of the texts whose embeddings are, float64; None without them.
+
+    What retrieval ranks by, as the model was trained to see it (Radford et al. 2021, figure 3): cosines times its scale.
+    """
+    media = next((rows for tower, rows in seen.embeddings.items() if tower != "text"), None)
+    text = seen.embeddings.get("text")
+    if media is None or text is None or seen.scale is None or not seen.ranked:
+        return None
+    unit = [rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True) for rows in (media, text)]
+    found: np.ndarray = log_softmax(unit[0] @ unit[1].T * seen.scale, axis=1)
+    return found
+
+
 def kl(baseline: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Each item's Kullback-Leibler divergence of the new model's answers from the baseline's, in nats, (L,); both (L, C) logs."""
     found: np.ndarray = (np.exp(baseline) * (baseline - new)).sum(axis=1)

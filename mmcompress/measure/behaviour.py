@@ -28,7 +28,7 @@ from mmcompress.report.schema_behaviour import (
     ExchangedAnswers,
     Flips,
 )
-from mmcompress.tasks._observed import Observed
+from mmcompress.tasks._observed import MOST_EMBEDDINGS, Observed, some
 from mmcompress.tasks.base import Scores, Task
 
 FEW = 30
@@ -143,6 +143,11 @@ def _agreement(old: Observed, seen: Observed, items: np.ndarray) -> Agreement:
         found.kl = _mean(agreement.kl(before, after), _clusters(rows))
         if before.shape[1] > 5:
             found.top5 = _mean(agreement.top_k_overlap(before, after, 5), _clusters(rows))
+    before, after = agreement.log_probabilities_of_texts(old), agreement.log_probabilities_of_texts(seen)
+    if before is not None and after is not None and before.shape == after.shape:
+        rows = items[some(len(items), MOST_EMBEDDINGS)]
+        if len(rows) == len(before):
+            found.kl = _mean(agreement.kl(before, after), _clusters(rows))
     for name, ranked in seen.ranked.items():
         if name in old.ranked and old.ranked[name].shape == ranked.shape:
             found.ranked[name] = _mean(agreement.shared(old.ranked[name], ranked))

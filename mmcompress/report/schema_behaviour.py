@@ -96,7 +96,9 @@ class ExchangedAnswers(_Model):
 class Agreement(_Model):
     """How alike the two models answer, right or wrong."""
 
-    kl: Estimate | None = Field(None, description="Kullback-Leibler divergence of its answers from the baseline's, in nats.")
+    kl: Estimate | None = Field(
+        None, description="Kullback-Leibler divergence of its answers (in retrieval, of its texts) from the baseline's, in nats."
+    )
     top1: Estimate | None = Field(None, description="The share of items with the same first answer.")
     top5: Estimate | None = Field(None, description="The mean share of the baseline's five first answers among its five.")
     ranked: dict[str, Estimate] = Field(

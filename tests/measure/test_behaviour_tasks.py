@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from torch.nn import functional as F
 
 from mmcompress.data.audio import Audio
 from mmcompress.data.examples import Examples
@@ -101,6 +103,26 @@ def test_retrieval_compares_rankings() -> None:
     assert found is not None
     assert found.agreement is not None
     assert {name: e.value for name, e in found.agreement.ranked.items()} == {"image_to_text": 1, "text_to_image": 1}
+    assert found.agreement.kl is not None
+    assert found.agreement.kl.value == pytest.approx(0, abs=1e-12)
+
+
+def test_kl_of_retrieval_is_that_of_the_similarities_that_rank() -> None:
+    task, data = task_of("image-text-retrieval"), tiny_data.examples(COUNT)
+    before, after = (scored("image-text-retrieval", tiny.clip(seed), data) for seed in (0, 1))
+    found = behaviour(after, before, task, data)
+    assert found is not None
+    assert found.agreement is not None
+    assert found.agreement.kl is not None
+    logs = []
+    for scores in (before, after):
+        assert scores.seen is not None
+        assert scores.seen.scale is not None
+        images, texts = (F.normalize(torch.from_numpy(scores.seen.embeddings[t]).double()) for t in ("vision", "text"))
+        logs.append(F.log_softmax(scores.seen.scale * images @ texts.T, dim=1))
+    expected = F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")
+    assert found.agreement.kl.value == pytest.approx(float(expected), rel=1e-9)
+    assert found.agreement.kl.n == len(before.seen.index)  # type: ignore[union-attr]
 
 
 def test_the_baseline_alone_has_calibration_and_no_comparison() -> None:

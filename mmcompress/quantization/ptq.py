@@ -21,9 +21,9 @@ from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.qdq import write_qdq
-from mmcompress.quantization.ranges import Feeds as Feeds
-from mmcompress.quantization.ranges import Ranges, ranges_of_prepared
+from mmcompress.quantization.ranges import Ranges, activations, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
+from mmcompress.quantization.watching import Feeds as Feeds
 
 
 def quantize_dynamic_int8(
@@ -118,11 +118,12 @@ def quantize_static_int8(
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
         ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(prepared, calibration)
+        nodes = [*plan.chosen, *(plan.products if attention else ())]
         write_qdq(
             prepared,
             target,
-            [*plan.chosen, *(plan.products if attention else ())],
-            ranges.for_onnxruntime(signed),
+            nodes,
+            ranges.for_onnxruntime(signed, activations(onnx.load(prepared, load_external_data=False), nodes)),
             per_channel=per_channel,
             reduce_range=int8_saturates() if reduce_range is None else reduce_range,
             activation=QuantType.QInt8 if signed else QuantType.QUInt8,

@@ -7,6 +7,9 @@ from typing import Literal
 
 Scheme = Literal["int8-static", "int8-dynamic", "int8-weight-only", "int4-weight-only", "float16", "bfloat16", "float32"]
 
+Calibration = Literal["min-max", "percentile", "entropy", "mse"]
+"""How the range of an activation comes from its values on calibration data."""
+
 ArrangementName = Literal[
     "static",
     "static-fused",

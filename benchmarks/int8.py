@@ -119,7 +119,9 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
         makers["ours int4 weights, onnxruntime"] = lambda p: quantize_weights(source, Path(p), bits=4)
     else:
         inputs = dict(np.load(work / "inputs-1.npz"))
-        placed = search("int8-static", source, lambda: [rows], inputs, Settings((), (), False, 0.0, given.threads))
+        placed = search(
+            "int8-static", source, work / "ours-chosen.onnx", lambda: [rows], inputs, Settings((), (), False, 0.0, given.threads)
+        )
         chosen = placed.choice.chosen or "static"
         print(f"  placement: {chosen}, {placed.seconds:.0f} s")
         for one in placed.choice.candidates:

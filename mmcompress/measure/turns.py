@@ -15,10 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
 import psutil
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import save_file
 
 from mmcompress.errors import UnavailableError
@@ -43,7 +46,7 @@ class Contestant:
 
     Attributes:
         name: what it is called here.
-        folder: a model folder (torch) or one with ONNX components.
+        folder: a model folder (torch), one with ONNX components, or one ONNX file.
         calls: for each batch size the calls of one batch, as ``write_calls`` gives them.
         end_to_end: where the queries and the model's processor are; None where they are not timed.
     """
@@ -273,6 +276,19 @@ class Turns:
     def peak_memory_bytes(self, name: str) -> int:
         """The peak resident memory of a model's process so far."""
         return int(self.workers[name].ask({"do": "peak"})["bytes"])
+
+    def outputs(self, name: str, inputs: Sequence[Path]) -> list[np.ndarray]:
+        """The first output of one ONNX file for each of several files of inputs."""
+        with TemporaryDirectory(prefix="mmcompress-") as scratch:
+            target = Path(scratch) / "outputs.safetensors"
+            self.workers[name].ask({"do": "outputs", "inputs": [str(path) for path in inputs], "target": str(target)})
+            found = load_arrays(target)
+        return [found[str(i)] for i in range(len(inputs))]
+
+    def profile(self, name: str) -> dict[str, float]:
+        """Milliseconds by operator of one call of one ONNX file in ONNX Runtime."""
+        spent: dict[str, float] = self.workers[name].ask({"do": "profile"})["ms"]
+        return spent
 
     def busy_cores(self) -> float:
         """Cores that were busy with something other than the models and this process, on average."""

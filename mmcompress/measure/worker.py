@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from mmcompress.runtimes.base import Predict
 
 WARM_UP = 5
 ROUNDS = 5
@@ -38,13 +41,16 @@ LIBRARIES = {
 """What each runtime needs, imported before the model's own loading is timed."""
 
 
-def onnx_calls(job: dict[str, Any]) -> Callable[[int], Calls]:
-    """Sessions are opened once; for each batch size the calls that one batch costs."""
-    from safetensors.numpy import load_file
-
+def opened(job: dict[str, Any]) -> Predict:
+    """The components of an ONNX folder, or a single file."""
     from mmcompress.runtimes.openers import open_folder  # torch-free
 
-    predict = open_folder(job["runtime"], Path(job["folder"]), job["threads"], own_process=__name__ == "__main__")
+    return open_folder(job["runtime"], Path(job["folder"]), job["threads"], own_process=__name__ == "__main__")
+
+
+def onnx_calls(job: dict[str, Any], predict: Predict) -> Callable[[int], Calls]:
+    """For each batch size the calls that one batch costs."""
+    from safetensors.numpy import load_file
 
     def calls(batch: int) -> Calls:
         found: Calls = []
@@ -124,7 +130,8 @@ class Timer:
         for name in LIBRARIES[job["runtime"]]:
             importlib.import_module(name)
         start = time.perf_counter()
-        self.make = torch_calls(job) if job["runtime"] == "torch" else onnx_calls(job)
+        self.predict = None if job["runtime"] == "torch" else opened(job)
+        self.make = torch_calls(job) if self.predict is None else onnx_calls(job, self.predict)
         self.load_seconds = time.perf_counter() - start
         self.start_seconds = time.time() - psutil.Process().create_time()
         self.calls: dict[str, Calls] = {}
@@ -174,11 +181,30 @@ class Timer:
             "cpu_seconds": time.process_time(),
         }
 
+    def _write_outputs(self, inputs: list[str], target: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        if self.predict is None:
+            raise ValueError("outputs are those of ONNX files")
+        (component,) = self.predict.components
+        found = [next(iter(self.predict(component, load_file(path)).values())) for path in inputs]
+        save_file({str(i): rows for i, rows in enumerate(found)}, target)
+
+    def _profile(self) -> dict[str, float]:
+        from safetensors.numpy import load_file
+
+        from mmcompress.measure.profiling import milliseconds_by_operator
+
+        (call,) = next(iter(self.job["calls"].values()))
+        feeds, own_pool = load_file(call["inputs"]), __name__ != "__main__"
+        return milliseconds_by_operator(Path(self.job["folder"]), feeds, self.job["threads"], own_pool)
+
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """Does one thing that it is told to; ``cpu_seconds`` is this process's processor time before and after.
 
         ``turn`` times one ``figure`` for ``seconds``, and makes ``least`` calls at least after ``untimed`` ones; ``warm`` makes
-        ``calls`` calls at least, for ``seconds``, and tells no times; ``peak`` asks for the memory.
+        ``calls`` calls at least, for ``seconds``, and tells no times; ``peak`` asks for the memory. Of one ONNX file ``outputs``
+        writes the first output for each file of ``inputs`` to ``target``, and ``profile`` tells where the time goes.
         """
         before = time.process_time()
         found: dict[str, Any] = {}
@@ -191,6 +217,10 @@ class Timer:
             found["preparing"] = self.preparing[untimed:]
         elif message["do"] == "peak":
             found["bytes"] = peak_memory_bytes()
+        elif message["do"] == "outputs":
+            self._write_outputs(message["inputs"], Path(message["target"]))
+        elif message["do"] == "profile":
+            found["ms"] = self._profile()
         return {**found, "cpu_seconds": [before, time.process_time()]}
 
 

@@ -152,11 +152,15 @@ class Quantize(Pass):
             export_component(part, example, source)
             facts: dict[str, Any] = {"scheme": scheme}
             if scheme in FIXED:
-                place = self._place(scheme, source, narrow, model, context, part)
-                if place is None:  # nothing keeps the bound: the float file stays
-                    source.rename(folder / f"{name}.onnx")
-                    continue
-                found = self._arranged(place, source, target, narrow, model, context, name)
+                if self.placement == "measure":
+                    place, measured = self._measured(scheme, source, target, narrow, model, context, part)
+                    if place is None or measured is None:  # nothing keeps the bound: the float file stays
+                        source.rename(folder / f"{name}.onnx")
+                        continue
+                    found = measured
+                else:
+                    place = self._place(scheme, part)
+                    found = self._arranged(place, source, target, narrow, model, context, name)
                 ranges = "from calibration" if place.startswith("static") else "at run time"
                 facts |= {"placement": place, "ranges": ranges}
             else:
@@ -214,34 +218,43 @@ class Quantize(Pass):
 
         return arrange(place, source, target, feeds, include=self.include, exclude=self.exclude, reduce_range=narrow)
 
-    def _place(
-        self, scheme: Scheme, source: Path, narrow: bool, model: CompressedModel, context: Context, part: Component
-    ) -> ArrangementName | None:
-        """The placement of int8 in one component: fixed, recorded, or searched; None where none keeps ``min_cosine``."""
-        if not isinstance(self.placement, str):
-            return self.placement.get(part.name, self.placement.get(part.tower, FIXED[scheme]))
-        if self.placement == "fixed":
+    def _place(self, scheme: Scheme, part: Component) -> ArrangementName:
+        """The placement of int8 in one component, fixed or recorded."""
+        if isinstance(self.placement, str):
             return FIXED[scheme]
+        return self.placement.get(part.name, self.placement.get(part.tower, FIXED[scheme]))
+
+    def _measured(
+        self,
+        scheme: Scheme,
+        source: Path,
+        target: Path,
+        narrow: bool,
+        model: CompressedModel,
+        context: Context,
+        part: Component,
+    ) -> tuple[ArrangementName | None, QuantizationResult | None]:
+        """One component's file by the fastest placement that keeps ``min_cosine``; no file where none does."""
         from mmcompress.passes._placement import Settings, search
 
         call = next(call for call in model.family.calls(model.module, 1) if call.component == part.name)
         inputs = {name: values.numpy() for name, values in call.inputs.items()}
         settings = Settings(self.include, self.exclude, narrow, self.min_cosine, self.threads)
         context.reporter.note(f"timing placements of int8 in {part.name}")
-        found = search(scheme, source, lambda: self._calibration(model, context, part.name), inputs, settings)
+        found = search(scheme, source, target, lambda: self._calibration(model, context, part.name), inputs, settings)
         context.facts.setdefault("placement", {})[part.name] = found.as_data()
         chosen = found.choice.chosen
         if chosen is None:
             context.warnings.append(
                 f"quantize: no placement of int8 in {part.name} keeps a cosine of {self.min_cosine}; it stays in float32."
             )
-        elif not found.choice.pays:
+        elif found.choice.speedup is not None and not found.choice.pays:
             context.warnings.append(
-                f"quantize: int8 is not faster than float32 in {part.name} ({found.choice.speedup:.2f} times, {chosen}): "
+                f"quantize: int8 is not faster than float32 in {part.name} ({found.choice.speedup.ratio:.2f} times, {chosen}): "
                 + "; ".join(found.reasons)
                 + "."
             )
-        return cast("ArrangementName | None", chosen)
+        return cast("ArrangementName | None", chosen), found.result
 
     def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
         """Real examples in blocks, as one component's inputs; one block is in memory at a time."""

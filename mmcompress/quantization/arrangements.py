@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import onnx
+
+from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.fusing import fuse
-from mmcompress.quantization.ptq import Feeds, quantize_dynamic_int8, quantize_static_int8
+from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
+from mmcompress.quantization.ranges import Feeds, Ranges
 from mmcompress.quantization.result import QuantizationResult
 from mmcompress.quantization.schemes import ArrangementName
 
@@ -57,11 +61,17 @@ def candidates(scheme: str) -> tuple[ArrangementName, ...]:
     return tuple(name for name, one in ARRANGEMENTS.items() if scheme == "int8-static" or one.ranges == "run time")
 
 
+def plain(name: ArrangementName) -> ArrangementName:
+    """The arrangement that a fused one is made from; of others the name itself."""
+    unfused = replace(ARRANGEMENTS[name], fused=False)
+    return next(other for other, one in ARRANGEMENTS.items() if one == unfused)
+
+
 def arrange(
     name: ArrangementName,
     source: Path,
     target: Path,
-    feeds: Callable[[], Iterable[Feeds]],
+    feeds: Callable[[], Iterable[Feeds] | Ranges],
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -73,7 +83,7 @@ def arrange(
         name: One of ``ARRANGEMENTS``.
         source: Float file, as `export_component` writes it.
         target: Where to write.
-        feeds: Gives calibration batches; asked only where ranges come from calibration.
+        feeds: Gives calibration batches, or the ranges found in them; asked only where ranges come from calibration.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
         exclude: Patterns of module paths to leave float.
         reduce_range: Whether weights take 7 bits; None where this processor needs it.
@@ -82,26 +92,39 @@ def arrange(
         ValueError: There is no calibration data, nothing is left to quantize, or the file is too large to be fused.
     """
     chosen = ARRANGEMENTS[name]
-    with TemporaryDirectory(prefix="mmcompress-") as scratch:
-        plain = Path(scratch) / "plain.onnx" if chosen.fused else target
-        if chosen.ranges == "run time":
-            found = quantize_dynamic_int8(
-                source, plain, include=include, exclude=exclude, per_channel=chosen.per_channel, reduce_range=reduce_range
-            )
-        else:
-            found = quantize_static_int8(
-                source,
-                plain,
-                feeds(),
-                outputs=chosen.outputs,
-                attention=chosen.attention,
-                per_channel=chosen.per_channel,
-                signed=chosen.signed,
-                quantize_conv=chosen.conv,
-                include=include,
-                exclude=exclude,
-                reduce_range=reduce_range,
-            )
-        if chosen.fused:
-            fuse(plain, target)
-    return found
+    if chosen.fused:
+        with TemporaryDirectory(prefix="mmcompress-") as scratch:
+            middle = Path(scratch) / "plain.onnx"
+            found = arrange(plain(name), source, middle, feeds, include=include, exclude=exclude, reduce_range=reduce_range)
+            return fused(middle, target, found)
+    if chosen.ranges == "run time":
+        return quantize_dynamic_int8(
+            source, target, include=include, exclude=exclude, per_channel=chosen.per_channel, reduce_range=reduce_range
+        )
+    return quantize_static_int8(
+        source,
+        target,
+        feeds(),
+        outputs=chosen.outputs,
+        attention=chosen.attention,
+        per_channel=chosen.per_channel,
+        signed=chosen.signed,
+        quantize_conv=chosen.conv,
+        include=include,
+        exclude=exclude,
+        reduce_range=reduce_range,
+    )
+
+
+def fused(source: Path, target: Path, found: QuantizationResult) -> QuantizationResult:
+    """Rewrites an int8 file in fused operators.
+
+    Args:
+        found: what is known of ``source``.
+
+    Raises:
+        ValueError: The file is too large.
+    """
+    fuse(source, target)
+    counts = onnx_graph.op_counts(onnx.load(target, load_external_data=False))
+    return replace(found, bytes_after=onnx_graph.file_bytes(target), op_counts=counts)

@@ -3,6 +3,7 @@
 Shapes: V rows of an embedding table, D its width.
 """
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         onnx.save_model(model, path, save_as_external_data=True, location=data)
         return
     write_model(model, lambda: model.graph.initializer, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Moves a file; weights that lie beside it go with it, and their file is renamed after the new name."""
+    model = onnx.load(source, load_external_data=False)
+    beside = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    if beside:
+        save(onnx.load(source), target)
+        for name in beside:
+            (source.parent / name).unlink()
+        source.unlink()
+    else:
+        shutil.move(source, target)
 
 
 def prepare(source: Path, target: Path, *, patches: bool = True, rows: bool = True) -> tuple[str, ...]:

@@ -31,13 +31,15 @@ def component_files(folder: Path, names: tuple[str, ...] | None = None) -> dict[
     """For each component its file: the quantized one where there is one, else the float one (see `runtimes.precision`).
 
     Args:
-        folder: holds the ``.onnx`` files, or an ``onnx`` folder that does (the layout of transformers.js).
+        folder: holds the ``.onnx`` files, or an ``onnx`` folder that does (the layout of transformers.js); or one such file.
         names: the components wanted; all found where None. ``model`` is one only where it stands alone: beside others it is
             all of them in one graph.
 
     Raises:
         ModelError: a component has no file.
     """
+    if folder.is_file():
+        return {split(folder.stem)[0]: folder}
     where = folder / "onnx" if (folder / "onnx").is_dir() else folder
     stems = {p.stem for p in where.glob("*.onnx")}
     if names is None:

@@ -151,7 +151,7 @@ def test_a_measured_placement_can_be_used_again_without_measuring(
     model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("static", "dynamic-fused"))
-    monkeypatch.setattr("mmcompress.measure.candidates.TURN_SECONDS", 0.001)
+    monkeypatch.setattr("mmcompress.passes._placement.TURN_SECONDS", 0.001)
     settings = {"samples": 16, "threads": 1, "min_cosine": 0.9}
     measured = mm.passes.Quantize(placement="measure", **settings).apply(model, context=context)
     assert measured.onnx is not None
@@ -179,7 +179,7 @@ def test_a_tower_stays_float_where_no_placement_keeps_the_bound(
     model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("dynamic",))
-    monkeypatch.setattr("mmcompress.measure.candidates.TURN_SECONDS", 0.001)
+    monkeypatch.setattr("mmcompress.passes._placement.TURN_SECONDS", 0.001)
     new = mm.passes.Quantize(placement="measure", min_cosine=1.0, threads=1, samples=8).apply(model, context=context)
     assert new.onnx is not None
     assert sorted(p.name for p in new.onnx.iterdir()) == ["text_model.onnx", "vision_model.onnx"]

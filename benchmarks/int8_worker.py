@@ -1,4 +1,6 @@
-"""One contender of ``int8.py`` in a process of its own: loads, answers ``{}``, then times itself for each line with seconds.
+"""One contender of ``int8.py`` in a process of its own: loads, answers ``{}``, then times itself for each line.
+
+A line holds two numbers: seconds to time calls for, and seconds to make calls before that are not timed.
 
     python benchmarks/int8_worker.py RUNTIME MODEL INPUTS.npz THREADS
 
@@ -80,9 +82,12 @@ def main() -> None:
     out.flush()
     for line in sys.stdin:
         times: list[float] = []
-        for _ in range(UNTIMED):
+        seconds, lead = (float(number) for number in line.split())
+        begin, untimed = time.perf_counter() + lead, 0
+        while untimed < UNTIMED or time.perf_counter() < begin:
             call()
-        end = time.perf_counter() + float(line)
+            untimed += 1
+        end = time.perf_counter() + seconds
         while len(times) < LEAST or time.perf_counter() < end:
             start = time.perf_counter()
             call()

@@ -9,8 +9,8 @@ REGULAR = "re:"
 
 
 def module_path(node_name: str) -> str:
-    """The module a graph node came from: `export_component` names nodes `<module path>/<op type>`."""
-    return node_name.rpartition("/")[0] or node_name
+    """The module a graph node came from: `export_component` names nodes `<module path>/<op type>`; optimizers append to that."""
+    return node_name.partition("/")[0] or node_name
 
 
 def matches(name: str, pattern: str) -> bool:

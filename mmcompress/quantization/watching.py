@@ -77,7 +77,9 @@ def watch(prepared: Path, names: Sequence[str], feeds: Iterable[Feeds]) -> Itera
             stop = start + rows
             part = {name: values[start:stop] for name, values in batch.items()} if total else batch
             start = stop if total else 1
-            found = dict(zip(made, session.run(made, part), strict=True)) | {n: part[n] for n in names if n in part}
+            found = dict(zip(made, session.run(made, part) if made else (), strict=True)) | {
+                n: part[n] for n in names if n in part
+            }
             for name, values in found.items():
                 if not np.isfinite(values).all():
                     raise ValueError(f"{name}: is not finite on calibration data in float32; it cannot be quantized")

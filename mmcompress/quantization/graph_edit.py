@@ -32,7 +32,7 @@ class GraphEdit:
         self.makers = {name: node for node in self.nodes for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
-            for name in node.input:
+            for name in reads(node):
                 self.readers.setdefault(name, []).append(node)
 
     def only_reader(self, name: str, *kinds: str) -> onnx.NodeProto | None:
@@ -80,7 +80,7 @@ class GraphEdit:
         while left:
             waiting = []
             for node in left:
-                if all(name in known for name in node.input):
+                if all(name in known for name in reads(node)):
                     ordered.append(node)
                     known.update(node.output)
                 else:
@@ -88,8 +88,18 @@ class GraphEdit:
             if len(waiting) == len(left):
                 raise ValueError(f"the graph has a circle through {waiting[0].name}")
             left = waiting
-        used = {name for node in ordered for name in node.input} | self._outputs
+        used = {name for node in ordered for name in reads(node)} | self._outputs
         graph = self.model.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(ordered)
         graph.initializer.extend(tensor for name, tensor in self.weights.items() if name in used)
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, those of the graph around it in its branches too."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            made = {name for inner in attribute.g.node for name in inner.output}
+            names += [name for inner in attribute.g.node for name in reads(inner) if name not in made]
+    return names

@@ -115,6 +115,33 @@ def free_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
 
 
+def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
+    """Gives what stays float the values before rounding, in place; returns how many inputs that were.
+
+    ONNX Runtime's quantizer hands a rounded tensor to everything that reads it: to a layer that was to stay in float, and to the
+    residual additions of post-norm transformers.
+
+    Args:
+        integer: names of the nodes that multiply integers. What they make stays rounded for all, else their kernels could not
+            give integers.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    spared = 0
+    for node in model.graph.node:
+        if node.name in integer or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for place, name in enumerate(node.input):
+            back = makers.get(name)
+            there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+            if there is None or there.op_type != "QuantizeLinear":
+                continue
+            maker = makers.get(there.input[0])
+            if maker is None or maker.name not in integer:
+                node.input[place] = there.input[0]
+                spared += 1
+    return spared
+
+
 def op_counts(model: onnx.ModelProto) -> dict[str, int]:
     """Number of nodes of each operator, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())

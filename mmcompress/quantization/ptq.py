@@ -132,7 +132,7 @@ def quantize_static_int8(
                 "ActivationSymmetric": signed,
             },
         )
-    return _finish(source, target, plan)
+    return _finish(source, target, plan, nodes)
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,15 @@ class _Plan:
         return cls(chosen, others, products, others + products, tuple(include), tuple(exclude))
 
 
-def _finish(source: Path, target: Path, plan: _Plan) -> QuantizationResult:
-    """Shrinks the tables of a quantized file, and counts what is in it."""
+def _finish(source: Path, target: Path, plan: _Plan, integer: Sequence[str] = ()) -> QuantizationResult:
+    """Shrinks the tables of a quantized file, and counts what is in it; ``integer`` names the nodes that multiply integers."""
     model = onnx.load(target)
+    spared = onnx_graph.spare_float_readers(model, set(integer)) if integer else 0
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
     replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
     beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
-    if replaced or beside.exists():
+    if replaced or spared or beside.exists():
         onnx_graph.save(model, target)
         beside.unlink(missing_ok=True)
     # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.

@@ -89,6 +89,17 @@ def test_excluded_layers_stay_float(exported, tmp_path):
         assert found == layers
 
 
+def test_what_stays_float_reads_floats(exported, tmp_path):
+    """Keys and values share their input with the queries that stay float; only what is int8 is given rounded values."""
+    target = tmp_path / "int8.onnx"
+    quantize_static_int8(exported["vision"], target, [feeds("vision", 2)], exclude=["q_proj"])
+    graph = onnx.load(target).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    for letter, kind in (("q", "LayerNormalization"), ("k", "DequantizeLinear"), ("v", "DequantizeLinear")):
+        found = [n for n in graph.node if n.op_type == "MatMul" and f".{letter}_proj/" in n.name]
+        assert [makers[node.input[0]].op_type for node in found] == [kind, kind]
+
+
 def test_convolution_is_quantized_where_asked_for(exported, tmp_path):
     for flag in (False, True):
         target = tmp_path / f"{flag}.onnx"

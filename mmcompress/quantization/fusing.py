@@ -7,7 +7,7 @@ projections and the attention behind them become one QAttention, and zero points
 The files are for ONNX Runtime (and what is built on it, such as transformers.js) alone: other runtimes do not know these
 operators. The numbers are those of the QDQ file's kernels.
 
-Shapes: K inputs, N outputs of a layer.
+Shapes: K inputs, N outputs of a layer; B examples, S tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.graph_edit import GraphEdit
 
 MICROSOFT = "com.microsoft"
+MASKED = -1e4
+"""Scores of what is masked are at most this, so that nothing of it is left after Softmax."""
 BIAS_INPUT = {"MatMulIntegerToFloat": 6, "DynamicQuantizeMatMul": 4}
 ZERO_POINT_INPUT = {"MatMulIntegerToFloat": 5, "DynamicQuantizeMatMul": 3, "QAttention": 7}
 
@@ -97,6 +99,8 @@ class _Block:
         output: what the block gives, (B, S, N), in float or already quantized.
         quantizer: QuantizeLinear that ONNX Runtime moved into the block, or None.
         heads: how many.
+        mask: what is True where a token may be looked at, (B, 1, S, S) or what can be spread to it; empty where all may.
+        filter: the score of what is masked.
     """
 
     projections: list[onnx.NodeProto]
@@ -104,10 +108,13 @@ class _Block:
     output: str
     quantizer: onnx.NodeProto | None
     heads: int
+    mask: str = ""
+    filter: float = MASKED
 
 
 def _attentions(edit: GraphEdit) -> int:
     count = 0
+    masks: dict[str, str] = {}
     for softmax in [node for node in edit.nodes if node.op_type == "Softmax"]:
         block = _block(edit, softmax)
         if block is None:
@@ -122,9 +129,15 @@ def _attentions(edit: GraphEdit) -> int:
         weight = np.concatenate([edit.array(one.input[1]) for one in block.projections], axis=1)
         inputs = [first.input[0], edit.add(f"{softmax.name}.weight", weight), joined(6, "bias"), first.input[2]]
         inputs += [joined(3, "scale"), "", first.input[4], joined(5, "zero_point")]
+        new: list[onnx.NodeProto] = []
+        if block.mask:
+            if block.mask not in masks:
+                masks[block.mask], new = _integer_mask(edit, block.mask, first.input[0])
+            inputs[5] = masks[block.mask]
         output = block.output if block.quantizer is None else f"{block.output}.float"
         name = softmax.name.replace("Softmax", "QAttention")
-        new = [helper.make_node("QAttention", inputs, [output], name, domain=MICROSOFT, num_heads=block.heads)]
+        given = {"num_heads": block.heads, **({"mask_filter_value": block.filter} if block.mask else {})}
+        new.append(helper.make_node("QAttention", inputs, [output], name, domain=MICROSOFT, **given))
         if block.quantizer is not None:
             quantizer = edit.copy(block.quantizer)
             quantizer.input[0], quantizer.output[0] = output, block.output
@@ -134,9 +147,56 @@ def _attentions(edit: GraphEdit) -> int:
     return count
 
 
+def _integer_mask(edit: GraphEdit, mask: str, rows: str) -> tuple[str, list[onnx.NodeProto]]:
+    """A mask as QAttention takes it, (B, S, S) in int32, and the nodes that make it; ``rows`` is of (B, S, K)."""
+    stem = f"{mask}.attention"
+
+    def number(label: str, values: list[int]) -> str:
+        return edit.add(f"{stem}.{label}", np.asarray(values, dtype=np.int64))
+
+    nodes = [
+        helper.make_node("Shape", [rows], [f"{stem}.shape"], f"{stem}/Shape"),
+        helper.make_node("Gather", [f"{stem}.shape", number("first", [0])], [f"{stem}.b"], f"{stem}/Gather_1"),
+        helper.make_node("Gather", [f"{stem}.shape", number("twice", [1, 1])], [f"{stem}.ss"], f"{stem}/Gather_2"),
+        helper.make_node("Concat", [f"{stem}.b", number("one", [1]), f"{stem}.ss"], [f"{stem}.b1ss"], f"{stem}/Concat", axis=0),
+        helper.make_node("Expand", [mask, f"{stem}.b1ss"], [f"{stem}.whole"], f"{stem}/Expand"),
+        helper.make_node("Squeeze", [f"{stem}.whole", number("axis", [1])], [f"{stem}.flat"], f"{stem}/Squeeze"),
+        helper.make_node("Cast", [f"{stem}.flat"], [f"{stem}.integers"], f"{stem}/Cast", to=onnx.TensorProto.INT32),
+    ]
+    return f"{stem}.integers", nodes
+
+
+def _masked(edit: GraphEdit, addition: onnx.NodeProto | None) -> tuple[str, float, str] | None:
+    """Of Add(scores, Where(mask, 0, very little)): mask, the very little, and the scores."""
+    if addition is None:
+        return None
+    for scores, other in (tuple(addition.input), tuple(reversed(addition.input))):
+        chosen = edit.maker(other, "Where")
+        if chosen is None or any(name not in edit.weights for name in chosen.input[1:]):
+            continue
+        zero, little = (edit.array(name) for name in chosen.input[1:])
+        if zero.size == little.size == 1 and not zero.any() and float(little.reshape(())) <= MASKED:
+            return chosen.input[0], float(little.reshape(())), scores
+    return None
+
+
+def _head_size(edit: GraphEdit, shape: str, width: int) -> int:
+    """The last of the four numbers that N = ``width`` is folded into, which must be constant; 0 where it is not."""
+    if shape in edit.weights:
+        size = int(edit.array(shape)[-1]) if edit.weights[shape].dims == [4] else 0
+    else:
+        parts = edit.maker(shape, "Concat")
+        last = parts.input[-1] if parts is not None and len(parts.input) == 4 else ""
+        size = int(edit.array(last).reshape(-1)[-1]) if last in edit.weights else 0
+    return size if size > 0 and width % size == 0 else 0
+
+
 def _block(edit: GraphEdit, softmax: onnx.NodeProto) -> _Block | None:
-    """The block around a Softmax, if it has no mask, and is scaled by the root of the head's size as QAttention is."""
-    scores = edit.maker(softmax.input[0], "FusedMatMul")
+    """The block around a Softmax, if it is scaled by the root of the head's size as QAttention is, with or without a mask."""
+    addition = edit.maker(softmax.input[0], "Add")
+    masked = _masked(edit, addition)
+    mask, little, scored = masked if masked is not None else ("", MASKED, softmax.input[0])
+    scores = edit.maker(scored, "FusedMatMul")
     values = edit.only_reader(softmax.output[0], "MatMul")
     if scores is None or values is None or edit.attribute(softmax, "axis", -1) not in (-1, 3):
         return None
@@ -154,15 +214,17 @@ def _block(edit: GraphEdit, softmax: onnx.NodeProto) -> _Block | None:
     orders = [list(edit.attribute(turn, "perm")) for turn in (*turns, back) if turn is not None]
     if orders != [[0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 2, 1, 3]]:
         return None
-    sizes = [edit.array(shape.input[1]) for shape in shapes if shape is not None and shape.input[1] in edit.weights]
-    if len(sizes) != 3 or any(len(size) != 4 or list(size) != list(sizes[0]) for size in sizes):
-        return None
-    heads, size = int(sizes[0][2]), int(sizes[0][3])
-    if heads <= 0 or not np.isclose(edit.attribute(scores, "alpha", 1.0), size**-0.5, rtol=1e-5):
+    widths = {edit.weights[one.input[1]].dims[1] for one in complete}
+    sizes = {_head_size(edit, shape.input[1], max(widths)) for shape in shapes if shape is not None}
+    size = sizes.pop()
+    if sizes or len(widths) != 1 or not size or not np.isclose(edit.attribute(scores, "alpha", 1.0), size**-0.5, rtol=1e-5):
         return None
     inner = [softmax, scores, values, back, flat, *(n for n in (*turns, *shapes, quantizer) if n is not None)]
+    inner += [addition] if masked is not None and addition is not None else []
     used_once = all(len(edit.readers.get(n.output[0], [])) == 1 for n in (*complete, *inner) if n is not flat)
-    return _Block(complete, inner, flat.output[0], quantizer, heads) if used_once else None
+    if not used_once:
+        return None
+    return _Block(complete, inner, flat.output[0], quantizer, widths.pop() // size, mask, little)
 
 
 def _zero_points(edit: GraphEdit) -> int:

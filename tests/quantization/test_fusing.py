@@ -38,7 +38,7 @@ def test_fused_files_give_the_same_numbers(exported, tmp_path, name, ranges):
     for batch in (1, 5):
         np.testing.assert_allclose(run(fused, feeds(name, batch)), run(plain, feeds(name, batch)), atol=2e-3)
     kinds = Counter(node.op_type for node in onnx.load(fused).graph.node)
-    assert found.attentions == kinds["QAttention"] == (2 if name == "vision" else 0)  # text has a mask
+    assert found.attentions == kinds["QAttention"] == 2
     assert found.zero_points > 0
     if ranges == "static":
         # 2 layers of q, k, v, out, fc1 and fc2; ONNX Runtime has put the text tower's last one into its SkipLayerNormalization

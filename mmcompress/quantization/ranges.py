@@ -23,7 +23,7 @@ from mmcompress.quantization.clipping import by_entropy, by_mse, by_percentile
 from mmcompress.quantization.histogram import Histogram
 from mmcompress.quantization.schemes import Calibration
 from mmcompress.quantization.watching import Feeds as Feeds
-from mmcompress.quantization.watching import checked, open_watched, watch
+from mmcompress.quantization.watching import checked, open_watched, pieces, watch
 
 PERCENTILE = 99.99
 """Of the values of a tensor that a range holds under ``percentile``."""
@@ -143,7 +143,7 @@ def _extremes(prepared: Path, feeds: Iterable[Feeds]) -> Ranges:
     low = np.full(len(tensors), np.inf, dtype=np.float32)
     high = np.full(len(tensors), -np.inf, dtype=np.float32)
     rows = 0
-    for batch in checked(feeds, inputs):
+    for batch in pieces(checked(feeds, inputs), AT_ONCE):
         rows += len(batch[inputs[0]])
         found = session.run(wanted, batch)
         for place, name in enumerate(tensors):
@@ -156,6 +156,8 @@ def _extremes(prepared: Path, feeds: Iterable[Feeds]) -> Ranges:
     return Ranges({n: Range(a, b) for n, a, b in zip(tensors, low, high, strict=True) if a <= b}, rows)
 
 
+AT_ONCE = 16
+"""Examples that the float graph is run on at a time: with all of its tensors seen it keeps all of them in memory."""
 _LEAST, _MOST = "/calibration_min", "/calibration_max"
 
 

@@ -38,6 +38,16 @@ def checked(feeds: Iterable[Feeds], inputs: tuple[str, ...]) -> Iterator[Arrays]
         raise ValueError("static quantization needs calibration data, and there is none")
 
 
+def pieces(feeds: Iterable[Arrays], count: int) -> Iterator[Arrays]:
+    """Batches cut into at most so many examples, where all inputs have the batch as their first axis."""
+    for batch in feeds:
+        total = _rows(batch)
+        if not total:
+            yield batch
+        for start in range(0, total, count):
+            yield {name: values[start : start + count] for name, values in batch.items()}
+
+
 def open_watched(model: onnx.ModelProto, prepared: Path) -> Any:
     """A session of a graph that was given more outputs; its weights lie beside `prepared`."""
     watched = prepared.with_name("watched.onnx")

@@ -12,6 +12,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.ptq import quantize_static_int8
 from mmcompress.quantization.ranges import activations, collect_ranges
+from mmcompress.quantization.watching import pieces
 
 from .conftest import image_inputs, text_inputs
 
@@ -116,3 +117,10 @@ def test_what_is_not_finite_is_refused(exported):
     broken[1]["pixel_values"][0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="not finite on calibration data"):
         collect_ranges(exported["vision"], broken)
+
+
+def test_batches_are_cut_where_all_inputs_have_them_first():
+    five, two = np.arange(5), np.arange(2)
+    cut = list(pieces([{"a": five, "b": five[:, None]}, {"a": five, "b": two}], 2))
+    assert [[len(values) for values in piece.values()] for piece in cut] == [[2, 2], [2, 2], [1, 1], [5, 2]]
+    assert np.concatenate([piece["a"] for piece in cut[:3]]).tolist() == five.tolist()

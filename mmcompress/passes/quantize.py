@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
 from mmcompress.passes._int8 import ReduceRange, reduced
+from mmcompress.passes._weights import OURS, Algorithm, Backend, Rounding, backend_mistakes, quantized_weights
 from mmcompress.passes.base import Pass
 from mmcompress.quantization.naming import broken
 from mmcompress.quantization.schemes import FIXED, WEIGHT_BYTES, ArrangementName, Scheme, scheme_of
@@ -44,10 +45,16 @@ class Quantize(Pass):
         description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger. "
         "Left out: 32 at 4 bits, 128 at 8. Layers that it does not divide take a smaller one where that takes less space.",
     )
-    algorithm: Literal["rtn", "gptq", "awq"] = Field(
+    algorithm: Algorithm = Field(
         "rtn",
         description="How the weight-only schemes round. rtn: to the nearest, needs no data. gptq: later weights make up for the "
-        "errors of earlier ones, by calibration examples. awq: finer where inputs are large, by calibration examples.",
+        "errors of earlier ones, by calibration examples. awq: finer where inputs are large, by calibration examples. autoround "
+        "and autotune (rtn, then gptq, until `min_cosine` is kept) are of the backend neural-compressor.",
+    )
+    backend: Backend = Field(
+        "mmcompress",
+        description="What rounds the weights under the weight-only schemes. neural-compressor: Intel's, which needs the extra of "
+        "that name; `check` tries the algorithm on a small model, and refuses it where it does not work on this machine.",
     )
     include: list[str] = Field(
         default_factory=list,
@@ -88,14 +95,22 @@ class Quantize(Pass):
         schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
         rounded = any(scheme.endswith("weight-only") for scheme in schemes)
         # One int8 scheme for a whole model gives decoders int8 weights alone.
-        if self.algorithm != "rtn" and not (rounded or self.scheme in FIXED if isinstance(self.scheme, str) else rounded):
-            raise ValueError(f"algorithm: {self.algorithm} is of the weight-only schemes, and `scheme` names none")
+        if self.algorithm not in OURS and self.backend == "mmcompress":
+            raise ValueError(f"algorithm: {self.algorithm} needs `backend: neural-compressor`; here are {', '.join(OURS)}")
+        plain = self.algorithm == "rtn" and self.backend == "mmcompress"
+        if not plain and not (rounded or self.scheme in FIXED if isinstance(self.scheme, str) else rounded):
+            found = f"algorithm: {self.algorithm}" if self.algorithm != "rtn" else f"backend: {self.backend}"
+            raise ValueError(f"{found} is of the weight-only schemes, and `scheme` names none")
         return self
 
     def weight_bytes(self) -> float:
         """Bytes of one weight; of the widest where towers differ."""
         schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
         return max(WEIGHT_BYTES[scheme] for scheme in schemes)
+
+    def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """What is wrong with ``algorithm`` under ``backend`` on this machine."""
+        return backend_mistakes(self.algorithm) if self.backend == "neural-compressor" else []
 
     def settled(self, family: Family, config: Any) -> tuple[Pass, str]:
         """The pass itself, once the names in ``scheme`` and ``placement`` are those of towers or components.
@@ -164,7 +179,7 @@ class Quantize(Pass):
                 ranges = "from calibration" if place.startswith("static") else "at run time"
                 facts |= {"placement": place, "ranges": ranges}
             else:
-                found = self._quantize(scheme, source, target, name, partial(self._calibration, model, context, name))
+                found = self._quantize(scheme, source, target, part, partial(self._calibration, model, context, name))
             source.unlink()
             result[name] = {**facts, **asdict(found)}
         for pattern in (*self.include, *self.exclude):
@@ -176,29 +191,20 @@ class Quantize(Pass):
         return new, {"weight_bits": 7 if narrow else 8, "components": result}
 
     def _quantize(
-        self, scheme: Scheme, source: Path, target: Path, name: str, feeds: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self, scheme: Scheme, source: Path, target: Path, part: Component, feeds: Callable[[], Iterator[dict[str, np.ndarray]]]
     ) -> QuantizationResult:
         """One component's file by a scheme without int8 activations; ``feeds`` gives calibration batches."""
         from mmcompress.quantization.half import to_bfloat16, to_float16
-        from mmcompress.quantization.weight_only import quantize_weights
 
         if scheme in ("int8-weight-only", "int4-weight-only"):
             bits: Literal[4, 8] = 8 if scheme == "int8-weight-only" else 4
-            return quantize_weights(
-                source,
-                target,
-                bits=bits,
-                block_size=self.block_size,
-                algorithm=self.algorithm,
-                calibration=feeds,
-                include=self.include,
-                exclude=self.exclude,
-            )
+            how = Rounding(bits, self.block_size, self.algorithm, self.backend, self.min_cosine, self.include, self.exclude)
+            return quantized_weights(how, source, target, part, feeds)
         halve = to_float16 if scheme == "float16" else to_bfloat16
         try:
             return halve(source, target, include=self.include, exclude=self.exclude)
         except ValueError as e:
-            raise RecipeError(f"quantize: {name}: {e}") from e
+            raise RecipeError(f"quantize: {part.name}: {e}") from e
 
     def _arranged(
         self,

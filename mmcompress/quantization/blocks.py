@@ -1,7 +1,7 @@
 """Weights as integers in blocks: rounding them to a grid, and writing them as ONNX Runtime's MatMulNBits reads them.
 
-A weight is (digit - zero point) * scale, with one scale and one zero point for each block and output. Digits of 4 bits have zero
-points of their own; digits of 8 bits are symmetric around 128, which MatMulNBits takes where it is given none.
+A weight is (digit - zero point) * scale, with one scale and one zero point for each block and output. At 8 bits our own are all
+128, which MatMulNBits takes where it is given none.
 
 Shapes: K inputs, N outputs of a layer; J = ceil(K / block size) blocks, which run along K.
 """
@@ -112,18 +112,23 @@ def nearest_grid(weight: Floats, bits: Bits, block_size: int, shrink: float | Fl
 def packed(digits: NDArray[np.uint8], grid: Grid) -> dict[str, NDArray[Any]]:
     """Digits (K, N) and their grid as MatMulNBits' inputs, by what follows the weight's name.
 
-    ``B`` is (N, J, block size * bits / 8), ``scales`` (N, J), and with 4 bits ``zero_points`` (N, ceil(J / 2)); of two digits in
-    a byte the first has the lower half.
+    The digits are (N, J, block size * bits / 8), ``scales`` (N, J), and ``zero_points`` (N, J) at 8 bits, where they are not all
+    128, and (N, ceil(J / 2)) at 4; of two digits in a byte the first has the lower half.
     """
     fill = -len(digits) % grid.block_size
     tail = np.repeat(grid.zeros[-1:].astype(np.uint8), fill, axis=0)  # stands for 0
     blocks = np.concatenate([digits, tail]).T.reshape(digits.shape[1], len(grid.scales), grid.block_size)
     found: dict[str, NDArray[Any]] = {"scales": np.ascontiguousarray(grid.scales.T, dtype=np.float32)}
-    if grid.bits == 8:
-        return {f"Q{grid.bits}": np.ascontiguousarray(blocks), **found}
     zeros = grid.zeros.T.astype(np.uint8)
+    if grid.bits == 8:
+        symmetric = bool((zeros == 128).all())
+        return {
+            "Q8": np.ascontiguousarray(blocks),
+            **found,
+            **({} if symmetric else {"zero_points": np.ascontiguousarray(zeros)}),
+        }
     zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
-    return {f"Q{grid.bits}": _halves(blocks), **found, "zero_points": _halves(zeros)}
+    return {"Q4": _halves(blocks), **found, "zero_points": _halves(zeros)}
 
 
 def _halves(digits: NDArray[np.uint8]) -> NDArray[np.uint8]:

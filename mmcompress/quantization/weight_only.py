@@ -42,6 +42,7 @@ def quantize_weights(
     block_size: int | None = None,
     algorithm: Literal["rtn", "gptq", "awq"] = "rtn",
     calibration: Feeds | None = None,
+    rounded: Digits | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> QuantizationResult:
@@ -59,6 +60,8 @@ def quantize_weights(
             it does not divide take a smaller one, where that takes less space.
         algorithm: rtn rounds to the nearest and needs no data; see `gptq.gptq` and `awq.awq` for the others.
         calibration: Batches for those.
+        rounded: What another algorithm has found, by the path of the layer's module; layers that are not in it are rounded by
+            ``algorithm``.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
         exclude: Patterns of module paths to leave float.
 
@@ -78,6 +81,8 @@ def quantize_weights(
     if layers and not chosen:
         raise ValueError(f"{source}: no MatMul with a weight is left to quantize")
     lookups = {node.name: module_path(node.name) for node in model.graph.node if node.op_type == "Gather"}
+    if rounded is not None:
+        chosen -= _take(model, chosen, rounded)
     if algorithm != "rtn" and calibration is not None and (meant := chosen - (patches if bits == 4 else set())):
         replace_weights(model, by_moments(model, meant, bits, block_size, algorithm, calibration), meant)
         chosen -= meant
@@ -100,6 +105,20 @@ def quantize_weights(
         unmatched_exclude=unmatched(paths, (*include, *exclude)),
         op_counts=onnx_graph.op_counts(model),
     )
+
+
+def _take(model: onnx.ModelProto, chosen: set[str], rounded: Digits) -> set[str]:
+    """Puts given digits in the place of weights, in place; returns the names of the nodes that got them."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found: dict[str, tuple[NDArray[np.uint8], Grid]] = {}
+    meant = set()
+    for node in model.graph.node:
+        given = rounded.get(module_path(node.name))
+        if node.name in chosen and given is not None and given[0].shape == shapes[node.input[1]]:
+            found[node.input[1]] = given
+            meant.add(node.name)
+    replace_weights(model, found, meant)
+    return meant
 
 
 def by_moments(

@@ -16,14 +16,15 @@ from torch import nn
 
 LARGE_BYTES = 200_000_000
 """Of weights: from here on pages cost next to nothing."""
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**20
+"""Below the size of one matrix of a model of width 512 in float32."""
 _M_MMAP_THRESHOLD = -3
 _SAID_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 """Variables that say that the user chose how memory is managed."""
 
 
 def give_back_blocks(module: nn.Module) -> bool:
-    """Has this process give blocks of 4 MB and more back when they are freed, from now on, if a large model is trained in it.
+    """Has this process give blocks of 1 MB and more back when they are freed, from now on, if a large model is trained in it.
 
     Does nothing on other C libraries than glibc, or where the user has said how memory is managed.
 

@@ -21,8 +21,8 @@ for _ in range(2):
     del [torch.ones(6_000_000)][0]
 before = psutil.Process().memory_info().rss
 blocks, small = [], []
-for _ in range(20):
-    blocks.append(torch.ones(2_000_000))
+for _ in range(80):
+    blocks.append(torch.ones(500_000))
     small.append(torch.ones(1_000))
 blocks.clear()
 print(psutil.Process().memory_info().rss - before)

@@ -17,7 +17,7 @@ from torch import nn
 LARGE_BYTES = 200_000_000
 """Of weights: from here on pages cost next to nothing."""
 BLOCK_BYTES = 2**20
-"""Below the size of one matrix of a model of width 512 in float32."""
+"""A matrix of a model of width 512 in float32."""
 _M_MMAP_THRESHOLD = -3
 _SAID_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 """Variables that say that the user chose how memory is managed."""

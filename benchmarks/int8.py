@@ -77,8 +77,16 @@ SUBJECTS = {
 }
 CALIBRATION = 16
 BASE = "onnxruntime fp32"
-PLACEMENTS: tuple[ArrangementName, ...] = ("static", "static-fused", "dynamic-fused")
-"""Of those that `placement: measure` tries, the ones that win; the plain static one is what OpenVINO runs, too."""
+PLACEMENTS: tuple[ArrangementName, ...] = (
+    "static",
+    "static-fused",
+    "static-per-tensor",
+    "static-per-tensor-fused",
+    "dynamic-fused",
+    "dynamic-per-tensor-fused",
+)
+"""Of those that `placement: measure` tries, the ones that win; the plain static ones are what OpenVINO runs, too."""
+PORTABLE = ("ours (static), onnxruntime", "ours (static-per-tensor), onnxruntime", "ours int8 weights, onnxruntime")
 LEAD_SECONDS = 0.045
 """How long a contender runs untimed before its turn: for that long the threads of the one before may spin."""
 AIMS = {("clip-vit-b-32", "vision_model", "1", "onnxruntime"): 3.0, ("clip-vit-b-32", "vision_model", "1", "openvino"): 3.9}
@@ -146,7 +154,7 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
     python = given.nncf_python or sys.executable
     if given.nncf_python is not None or importlib.util.find_spec("openvino") is not None:
         found.append(Contender("openvino fp32", "openvino", str(source), python))
-        ours = [one for one in found if one.name in ("ours (static), onnxruntime", "ours int8 weights, onnxruntime")]
+        ours = [one for one in found if one.name in PORTABLE]
         found.extend(
             Contender(one.name.replace("onnxruntime", "openvino"), "openvino", one.path, python, one.missing) for one in ours
         )

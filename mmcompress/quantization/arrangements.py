@@ -48,10 +48,12 @@ ARRANGEMENTS: dict[ArrangementName, Arrangement] = {
     "static-attention": Arrangement(attention=True),
     "static-conv-float": Arrangement(conv=False),
     "static-per-tensor": Arrangement(per_channel=False),
+    "static-per-tensor-fused": Arrangement(per_channel=False, fused=True),
     "static-signed": Arrangement(signed=True),
     "dynamic": Arrangement(ranges="run time"),
     "dynamic-fused": Arrangement(ranges="run time", fused=True),
     "dynamic-per-tensor": Arrangement(ranges="run time", per_channel=False),
+    "dynamic-per-tensor-fused": Arrangement(ranges="run time", per_channel=False, fused=True),
 }
 """By name, as recipes and reports have them."""
 

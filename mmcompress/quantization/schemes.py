@@ -17,10 +17,12 @@ ArrangementName = Literal[
     "static-attention",
     "static-conv-float",
     "static-per-tensor",
+    "static-per-tensor-fused",
     "static-signed",
     "dynamic",
     "dynamic-fused",
     "dynamic-per-tensor",
+    "dynamic-per-tensor-fused",
 ]
 """The ways to place int8; `quantization.arrangements` says what each is."""
 FIXED: Mapping[str, ArrangementName] = {"int8-static": "static", "int8-dynamic": "dynamic"}

@@ -27,10 +27,12 @@ MEANING = {
     "static-attention": "the products inside of attention too",
     "static-conv-float": "convolutions stay float",
     "static-per-tensor": "one scale for a whole weight",
+    "static-per-tensor-fused": "one scale for a whole weight, in ONNX Runtime's fused operators",
     "static-signed": "signed activations (S8S8 instead of U8S8)",
     "dynamic": "ranges taken at run time",
     "dynamic-fused": "the same in ONNX Runtime's fused operators",
     "dynamic-per-tensor": "ranges taken at run time, one scale for a whole weight",
+    "dynamic-per-tensor-fused": "the same in ONNX Runtime's fused operators",
 }
 """What the names mean, in a few words; ``quantization/arrangements.py`` has them as data."""
 

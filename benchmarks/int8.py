@@ -225,9 +225,13 @@ def cosine(path: str, source: Path, rows: dict[str, np.ndarray]) -> float:
     return mean_cosine(found[0], found[1])
 
 
-def measured(model: str, component: str, batch: int, entries: list[Contender], work: Path, given: argparse.Namespace) -> Rows:
-    """Races all contenders at one batch size; a row for each."""
+def measured(
+    model: str, component: str, batch: int, entries: list[Contender], work: Path, given: argparse.Namespace, before: Rows
+) -> Rows:
+    """Races all contenders at one batch size; a row for each. ``before`` are rows of other batch sizes."""
     rows = dict(np.load(work / "calibration.npz"))
+    same = [row for row in before if (row["model"], row["component"]) == (model, component)]
+    cosines = {row["contender"]: row["cosine"] for row in same if "cosine" in row}
     times = race(entries, work / f"inputs-{batch}.npz", given)
     found = []
     for one in entries:
@@ -238,7 +242,7 @@ def measured(model: str, component: str, batch: int, entries: list[Contender], w
             continue
         if one.path.endswith(".onnx"):
             row["megabytes"] = onnx_graph.file_bytes(Path(one.path)) / 1e6
-            row["cosine"] = cosine(one.path, work / "float.onnx", rows)
+            row["cosine"] = cosines.get(one.name) or cosine(one.path, work / "float.onnx", rows)
         values, base = times[one.name], times[BASE]
         against = ratio([[b] for b in base], [[v] for v in values])
         row |= {"ms": statistics.median(values), "fastest": min(values), "slowest": max(values), "rounds": len(values)}
@@ -332,6 +336,7 @@ def main() -> None:
     parser.add_argument("--nncf-python", help="python of an environment with nncf and openvino")
     parser.add_argument("--keep", type=Path, help="folder for all files; a second call with it makes none anew")
     parser.add_argument("--make-only", action="store_true", help="with --keep: make the files, measure nothing")
+    parser.add_argument("--without", nargs="*", default=[], help="contenders that are left out")
     parser.add_argument("--print", action="store_true", help="print what --out holds, measure nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8.json")
     given = parser.parse_args()
@@ -349,7 +354,8 @@ def main() -> None:
                 for batch in [] if given.make_only else given.batches:
                     if any((r["model"], r["component"], r["batch"]) == (model, name, str(batch)) for r in rows):
                         continue
-                    rows += measured(model, name, batch, [replace(one) for one in entries], work, given)
+                    racing = [replace(one) for one in entries if one.name not in given.without]
+                    rows += measured(model, name, batch, racing, work, given, rows)
                     given.out.parent.mkdir(parents=True, exist_ok=True)
                     found = {"threads": given.threads, "rows": rows, "environment": environment()}
                     given.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -45,6 +45,7 @@ class Settings:
         narrow: whether weights take 7 bits.
         min_cosine: the least mean cosine to the float file's outputs.
         threads: of the timed processes.
+        ranges: takes the ranges of a float file's activations from calibration batches.
     """
 
     include: Sequence[str]
@@ -52,6 +53,7 @@ class Settings:
     narrow: bool
     min_cosine: float
     threads: int
+    ranges: Callable[[Path, Iterable[Arrays]], Ranges] = collect_ranges
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,13 @@ class Made:
 
 
 def search(
-    scheme: str, source: Path, target: Path, feeds: Callable[[], Iterable[Arrays]], inputs: Arrays, settings: Settings
+    scheme: str,
+    source: Path,
+    target: Path,
+    feeds: Callable[[], Iterable[Arrays]],
+    inputs: Arrays,
+    settings: Settings,
+    ready: Path | None = None,
 ) -> Found:
     """Makes, times and judges the placements that a scheme leaves open.
 
@@ -122,17 +130,19 @@ def search(
         target: where the fastest that keeps the bound is put; nothing is written where none does.
         feeds: gives calibration batches; read once.
         inputs: of the timed calls.
+        ready: the float file that candidates are made from, where it is another one than they are compared with.
     """
+    ready = ready or source
     clock, names = Clock(), candidates(scheme)
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
         few = _Few(Path(scratch), SAMPLES)
         ranges: Ranges | None = None
         if any(ARRANGEMENTS[name].ranges == "calibration" for name in names):
-            ranges = collect_ranges(source, few.watch(feeds()))
+            ranges = settings.ranges(ready, few.watch(feeds()))
         else:
             few.take(feeds())
         clock.lap("calibration")
-        made = _make(names, source, Path(scratch), ranges, settings)
+        made = _make(names, ready, Path(scratch), ranges, settings)
         clock.lap("files")
         choice, profile = _contest(source, made, few, inputs, settings, clock)
         result = None

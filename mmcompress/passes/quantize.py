@@ -12,6 +12,15 @@ from pydantic import Field, model_validator
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
 from mmcompress.passes._int8 import ReduceRange, reduced
+from mmcompress.passes._keeping import (
+    BiasField,
+    CalibrationField,
+    Keeping,
+    MaxDropField,
+    PercentileField,
+    SmoothField,
+    Work,
+)
 from mmcompress.passes._weights import OURS, Algorithm, Backend, Rounding, backend_mistakes, quantized_weights
 from mmcompress.passes.base import Pass
 from mmcompress.quantization.naming import broken
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
     from mmcompress.families.base import Component, Family
     from mmcompress.model import CompressedModel
+    from mmcompress.quantization.ranges import Ranges
     from mmcompress.quantization.result import QuantizationResult
 
 
@@ -82,6 +92,11 @@ class Quantize(Pass):
     threads: int = Field(2, ge=1, le=1024, description="Threads of the processes that placements are timed in.")
 
     reduce_range: ReduceRange = "auto"
+    calibration: CalibrationField = "min-max"
+    percentile: PercentileField = 99.99
+    smooth: SmoothField = "off"
+    bias_correction: BiasField = False
+    max_drop: MaxDropField = None
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
@@ -101,6 +116,20 @@ class Quantize(Pass):
         if not plain and not (rounded or self.scheme in FIXED if isinstance(self.scheme, str) else rounded):
             found = f"algorithm: {self.algorithm}" if self.algorithm != "rtn" else f"backend: {self.backend}"
             raise ValueError(f"{found} is of the weight-only schemes, and `scheme` names none")
+        return self
+
+    @model_validator(mode="after")
+    def _quality_has_int8(self) -> Self:
+        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
+        asked = {
+            "calibration": self.calibration != "min-max",
+            "smooth": self.smooth != "off",
+            "bias_correction": self.bias_correction,
+            "max_drop": self.max_drop is not None,
+        }
+        for field, wanted in asked.items():
+            if wanted and "int8-static" not in schemes:
+                raise ValueError(f"{field}: is of the scheme int8-static, and `scheme` does not name it")
         return self
 
     def weight_bytes(self) -> float:
@@ -145,6 +174,7 @@ class Quantize(Pass):
         """
         from dataclasses import asdict, replace
 
+        from mmcompress.quantization import onnx_graph
         from mmcompress.quantization.onnx_export import export_component  # needs torch
 
         if context.workdir is None:
@@ -157,30 +187,30 @@ class Quantize(Pass):
         result: dict[str, Any] = {}
         parts, narrow = model.family.components(model.module), reduced(self.reduce_range)
         self._check_names(model.family, parts)
+        for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
+            scheme, _ = scheme_of(self.scheme, name, part.tower, part.decoder)
+            where = folder if scheme == "float32" else scratch
+            export_component(part, model.family.example_inputs(model.module.config, part, 2), where / f"{name}.onnx")
+        works = self._works(parts, scratch, folder, narrow, model, context)
         for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
             scheme, suffix = scheme_of(self.scheme, name, part.tower, part.decoder)
             source, target = scratch / f"{name}.onnx", folder / f"{name}{suffix}.onnx"
-            example = model.family.example_inputs(model.module.config, part, 2)
             if scheme == "float32":
-                export_component(part, example, target)
                 continue
-            export_component(part, example, source)
             facts: dict[str, Any] = {"scheme": scheme}
             if scheme in FIXED:
-                if self.placement == "measure":
-                    place, measured = self._measured(scheme, source, target, narrow, model, context, part)
-                    if place is None or measured is None:  # nothing keeps the bound: the float file stays
-                        source.rename(folder / f"{name}.onnx")
-                        continue
-                    found = measured
-                else:
-                    place = self._place(scheme, part)
-                    found = self._arranged(place, source, target, narrow, model, context, name)
+                work = works[name]
+                place, made = self._int8(scheme, work, target, narrow, model, context, part)
+                if place is None or made is None:  # the float file stays
+                    onnx_graph.move(source, folder / f"{name}.onnx")
+                    continue
+                found = made
                 ranges = "from calibration" if place.startswith("static") else "at run time"
                 facts |= {"placement": place, "ranges": ranges}
+                work.ready.unlink(missing_ok=True)
             else:
-                found = self._quantize(scheme, source, target, part, partial(self._calibration, model, context, name))
-            source.unlink()
+                found = self._quantize(scheme, source, target, part, self._feeds(model, context, name))
+            source.unlink(missing_ok=True)
             result[name] = {**facts, **asdict(found)}
         for pattern in (*self.include, *self.exclude):
             # Each component is quantized by itself: only a pattern that no component knows is a mistake.
@@ -191,7 +221,7 @@ class Quantize(Pass):
         return new, {"weight_bits": 7 if narrow else 8, "components": result}
 
     def _quantize(
-        self, scheme: Scheme, source: Path, target: Path, part: Component, feeds: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self, scheme: Scheme, source: Path, target: Path, part: Component, feeds: Callable[[], Iterator[Mapping[str, np.ndarray]]]
     ) -> QuantizationResult:
         """One component's file by a scheme without int8 activations; ``feeds`` gives calibration batches."""
         from mmcompress.quantization.half import to_bfloat16, to_float16
@@ -206,23 +236,75 @@ class Quantize(Pass):
         except ValueError as e:
             raise RecipeError(f"quantize: {part.name}: {e}") from e
 
-    def _arranged(
+    def _works(
         self,
-        place: ArrangementName,
-        source: Path,
+        parts: dict[str, Component],
+        scratch: Path,
+        folder: Path,
+        narrow: bool,
+        model: CompressedModel,
+        context: Context,
+    ) -> dict[str, Work]:
+        """The components that are going to be int8, made easier to quantize as the recipe asks for."""
+        works, static, others = {}, {}, {}
+        keeping = self._keeping(narrow)
+        for name, part in parts.items():
+            scheme, _ = scheme_of(self.scheme, name, part.tower, part.decoder)
+            source = (folder if scheme == "float32" else scratch) / f"{name}.onnx"
+            if scheme in FIXED:
+                works[name] = Work(source, source, self._feeds(model, context, name))
+            if scheme == "int8-static":
+                static[name] = works[name]
+                keeping.improve(works[name], scratch / "improved")
+            else:
+                others[name] = source
+        facts: dict[str, Any] = {}
+        if self.max_drop is not None:
+            from mmcompress.passes._mixed import leave_float
+
+            facts["mixed_precision"] = leave_float(static, others, keeping, self.max_drop, model, context)
+        done = {name: work.done for name, work in static.items() if work.done}
+        if done or facts or self.calibration != "min-max":
+            context.facts["keeping"] = {**self._settings(), **facts, "components": done}
+        return works
+
+    def _settings(self) -> dict[str, Any]:
+        """What the report says was asked for."""
+        asked: dict[str, Any] = {"calibration": self.calibration, "smooth": self.smooth, "bias_correction": self.bias_correction}
+        return asked | ({"percentile": self.percentile} if self.calibration == "percentile" else {})
+
+    def _keeping(self, narrow: bool) -> Keeping:
+        return Keeping(self.calibration, self.percentile, self.smooth, self.bias_correction, self.include, self.exclude, narrow)
+
+    def _int8(
+        self,
+        scheme: Scheme,
+        work: Work,
         target: Path,
         narrow: bool,
         model: CompressedModel,
         context: Context,
-        name: str,
-    ) -> QuantizationResult:
-        """One component's file by one placement of int8."""
+        part: Component,
+    ) -> tuple[ArrangementName | None, QuantizationResult | None]:
+        """One component's int8 file and its placement; None and no file where it stays in float."""
         from mmcompress.quantization.arrangements import arrange
 
-        def feeds() -> Iterator[dict[str, np.ndarray]]:
-            return self._calibration(model, context, name)
+        layers = work.done.get("distances", {})
+        if layers and len(work.exclude) == len(layers):
+            context.warnings.append(
+                f"quantize: all layers of {part.name} must stay in float for `max_drop`; it is not quantized."
+            )
+            return None, None
+        if self.placement == "measure":
+            return self._measured(scheme, work, target, narrow, model, context, part)
+        place = self._place(scheme, part)
+        exclude = [*self.exclude, *work.exclude]
+        keeping = self._keeping(narrow)
 
-        return arrange(place, source, target, feeds, include=self.include, exclude=self.exclude, reduce_range=narrow)
+        def ranges() -> Ranges:
+            return keeping.ranges(work.ready, work.feeds())
+
+        return place, arrange(place, work.ready, target, ranges, include=self.include, exclude=exclude, reduce_range=narrow)
 
     def _place(self, scheme: Scheme, part: Component) -> ArrangementName:
         """The placement of int8 in one component, fixed or recorded."""
@@ -233,7 +315,7 @@ class Quantize(Pass):
     def _measured(
         self,
         scheme: Scheme,
-        source: Path,
+        work: Work,
         target: Path,
         narrow: bool,
         model: CompressedModel,
@@ -245,9 +327,10 @@ class Quantize(Pass):
 
         call = next(call for call in model.family.calls(model.module, 1) if call.component == part.name)
         inputs = {name: values.numpy() for name, values in call.inputs.items()}
-        settings = Settings(self.include, self.exclude, narrow, self.min_cosine, self.threads)
+        exclude, ranges = [*self.exclude, *work.exclude], self._keeping(narrow).ranges
+        settings = Settings(self.include, exclude, narrow, self.min_cosine, self.threads, ranges)
         context.reporter.note(f"timing placements of int8 in {part.name}")
-        found = search(scheme, source, target, lambda: self._calibration(model, context, part.name), inputs, settings)
+        found = search(scheme, work.source, target, work.feeds, inputs, settings, work.ready)
         context.facts.setdefault("placement", {})[part.name] = found.as_data()
         chosen = found.choice.chosen
         if chosen is None:
@@ -262,29 +345,19 @@ class Quantize(Pass):
             )
         return cast("ArrangementName | None", chosen), found.result
 
+    def _feeds(
+        self, model: CompressedModel, context: Context, component: str
+    ) -> Callable[[], Iterator[Mapping[str, np.ndarray]]]:
+        """Gives calibration batches of one component."""
+        from mmcompress.passes._calibrating import judged
+
+        return judged(partial(self._calibration, model, context, component), component)
+
     def _calibration(self, model: CompressedModel, context: Context, component: str) -> Iterator[dict[str, np.ndarray]]:
         """Real examples in blocks, as one component's inputs; one block is in memory at a time."""
-        import torch
+        from mmcompress.passes._calibrating import calibration_batches
 
-        from mmcompress.data.prepare import prepared, prepared_rows
-        from mmcompress.runtimes.torch_predict import TorchPredict
-
-        task = context.need_task("quantize")
-        task.fits(model.family.abilities, model.family.name)
-        examples = context.need_calibration("quantize")
-        if len(examples) > self.samples:
-            chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(context.seed))[: self.samples]
-            examples = examples.take(sorted(chosen.tolist()))
-        predict = TorchPredict(model)
-        for draw, (indices, media) in enumerate(prepared(examples, model.processor)):
-            if not len(indices):
-                continue
-            rows = prepared_rows(examples, indices, media)
-            batch = {k: v.numpy() for k, v in task.collate(rows, model.processor, examples, draw).items()}
-            for name, given in model.family.walk(predict, batch, model.module):
-                if name == component:
-                    yield given
-                    break
+        return calibration_batches(model, context, component, self.samples)
 
 
 PASS = Quantize

@@ -21,6 +21,8 @@ LEAST_DISTINCT = 8
 """Different pictures or recordings that ranges may be taken from; 32 to 300 are usual."""
 NOISE = 0.1
 """White noise has no correlation of neighbours; pictures and spectrograms have 0.5 and more."""
+MEDIA = ("pixel_values", "input_features", "input_values")
+"""Inputs that are pictures or recordings; what other components of the model make of them is not judged."""
 KEPT = 64
 SHORTEST = 2
 """Tokens of a text that holds nothing: its beginning and its end."""
@@ -59,7 +61,7 @@ class CalibrationJudge:
         for batch in feeds:
             self.rows += max((len(values) for values in batch.values() if np.ndim(values)), default=0)
             for name, values in batch.items():
-                if np.issubdtype(values.dtype, np.floating) and values.ndim >= 3:
+                if name in MEDIA and np.issubdtype(values.dtype, np.floating) and values.ndim >= 3:
                     self._media(self._inputs.setdefault(name, _Input()), values)
                 elif name == "input_ids" and values.ndim == 2:
                     self._texts(self._inputs.setdefault(name, _Input()), values, batch.get(MASK))

@@ -123,7 +123,11 @@ def _attentions(edit: GraphEdit) -> int:
         width = [edit.weights[one.input[1]].dims[1] for one in block.projections]
 
         def joined(place: int, name: str, block: _Block = block, width: list[int] = width) -> str:
-            parts = [np.broadcast_to(edit.array(p.input[place]), (w,)) for p, w in zip(block.projections, width, strict=True)]
+            # A projection without bias gets one of zeros: Whisper's keys have none.
+            parts = [
+                np.broadcast_to(edit.array(p.input[place]), (w,)) if place < len(p.input) else np.zeros(w, np.float32)
+                for p, w in zip(block.projections, width, strict=True)
+            ]
             return edit.add(f"{softmax.name}.{name}", np.concatenate(parts))  # noqa: B023  (called within the round)
 
         weight = np.concatenate([edit.array(one.input[1]) for one in block.projections], axis=1)
@@ -180,6 +184,15 @@ def _masked(edit: GraphEdit, addition: onnx.NodeProto | None) -> tuple[str, floa
     return None
 
 
+def _unscaled(edit: GraphEdit, name: str) -> tuple[str, float, onnx.NodeProto | None]:
+    """What a value is a multiple of, the number that it is multiplied with, and the node that does it, if one does."""
+    node = edit.maker(name, "Mul")
+    for value, factor in () if node is None else (tuple(node.input), tuple(reversed(node.input))):
+        if factor in edit.weights and edit.array(factor).size == 1:
+            return value, float(edit.array(factor).reshape(())), node
+    return name, 1.0, None
+
+
 def _head_size(edit: GraphEdit, shape: str, width: int) -> int:
     """The last of the four numbers that N = ``width`` is folded into, which must be constant; 0 where it is not."""
     if shape in edit.weights:
@@ -196,19 +209,21 @@ def _block(edit: GraphEdit, softmax: onnx.NodeProto) -> _Block | None:
     addition = edit.maker(softmax.input[0], "Add")
     masked = _masked(edit, addition)
     mask, little, scored = masked if masked is not None else ("", MASKED, softmax.input[0])
-    scores = edit.maker(scored, "FusedMatMul")
+    scores = edit.maker(scored, "FusedMatMul", "MatMul")
     values = edit.only_reader(softmax.output[0], "MatMul")
     if scores is None or values is None or edit.attribute(softmax, "axis", -1) not in (-1, 3):
         return None
     turns = [edit.maker(name, "Transpose") for name in (*scores.input, values.input[1])]
     shapes = [edit.maker(turn.input[0], "Reshape") for turn in turns if turn is not None]
-    projections = [edit.maker(shape.input[0], "MatMulIntegerToFloat") for shape in shapes if shape is not None]
+    made = [_unscaled(edit, shape.input[0]) for shape in shapes if shape is not None]
+    projections = [edit.maker(name, "MatMulIntegerToFloat") for name, _, _ in made]
+    alpha = edit.attribute(scores, "alpha", 1.0) * float(np.prod([factor for _, factor, _ in made[:2]]))
     quantizer = edit.only_reader(values.output[0], "QuantizeLinear")
     back = edit.only_reader((quantizer or values).output[0], "Transpose")
     flat = edit.only_reader(back.output[0], "Reshape") if back is not None else None
-    if back is None or flat is None or len(projections) != 3:
+    if back is None or flat is None or len(projections) != 3 or made[2][2] is not None:
         return None
-    complete = [one for one in projections if one is not None and len(one.input) > max(BIAS_INPUT["MatMulIntegerToFloat"], 6)]
+    complete = [one for one in projections if one is not None and len(one.input) > ZERO_POINT_INPUT["MatMulIntegerToFloat"]]
     if len(complete) != 3 or len({(one.input[0], one.input[2], one.input[4]) for one in complete}) != 1:
         return None
     orders = [list(edit.attribute(turn, "perm")) for turn in (*turns, back) if turn is not None]
@@ -217,9 +232,10 @@ def _block(edit: GraphEdit, softmax: onnx.NodeProto) -> _Block | None:
     widths = {edit.weights[one.input[1]].dims[1] for one in complete}
     sizes = {_head_size(edit, shape.input[1], max(widths)) for shape in shapes if shape is not None}
     size = sizes.pop()
-    if sizes or len(widths) != 1 or not size or not np.isclose(edit.attribute(scores, "alpha", 1.0), size**-0.5, rtol=1e-5):
+    if sizes or len(widths) != 1 or not size or not np.isclose(alpha, size**-0.5, rtol=1e-5):
         return None
     inner = [softmax, scores, values, back, flat, *(n for n in (*turns, *shapes, quantizer) if n is not None)]
+    inner += [node for _, _, node in made if node is not None]
     inner += [addition] if masked is not None and addition is not None else []
     used_once = all(len(edit.readers.get(n.output[0], [])) == 1 for n in (*complete, *inner) if n is not flat)
     if not used_once:

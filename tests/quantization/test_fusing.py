@@ -13,7 +13,9 @@ import pytest
 
 from mmcompress.quantization.arrangements import ARRANGEMENTS, arrange, candidates
 from mmcompress.quantization.fusing import fuse
+from mmcompress.quantization.onnx_export import export_component
 from mmcompress.quantization.schemes import ArrangementName
+from tests.families import tiny_whisper
 
 from .conftest import image_inputs, text_inputs
 
@@ -68,3 +70,17 @@ def test_attention_products_are_integers_where_asked_for(exported, tmp_path):
         arrange(name, exported["vision"], path, lambda: [feeds("vision", 4)])
         counts[name] = Counter(node.op_type for node in onnx.load(path).graph.node)
     assert counts["static-attention"]["QuantizeLinear"] > counts["static"]["QuantizeLinear"]
+
+
+def test_whisper_s_scaled_queries_and_keys_without_bias_are_fused_too(tmp_path):
+    model = tiny_whisper.whisper()
+    part = model.family.components(model.module)["encoder_model"]
+    source, plain, fused = (tmp_path / f"{name}.onnx" for name in ("float", "plain", "fused"))
+    examples = model.family.example_inputs(model.module.config, part, 3)
+    export_component(part, examples, source)
+    given = {name: value.numpy() for name, value in examples.items()}
+    arrange("static", source, plain, lambda: [given])
+    assert fuse(plain, fused).attentions == 3
+    np.testing.assert_allclose(run(fused, given), run(plain, given), atol=2e-3)
+    close = run(fused, given), run(source, given)
+    assert np.corrcoef(*(values.ravel() for values in close))[0, 1] > 0.97

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -121,7 +121,7 @@ def leave_float(
     }
 
 
-def fewest(most: int, enough: Any) -> int:
+def fewest(most: int, enough: Callable[[int], bool]) -> int:
     """The smallest count up to ``most`` that is enough, by bisection; ``most`` itself counts as enough unasked.
 
     Args:

@@ -84,17 +84,17 @@ def watch(prepared: Path, names: Sequence[str], feeds: Iterable[Feeds]) -> Itera
     for batch in checked(feeds, inputs):
         start, total = 0, _rows(batch)
         while start < max(total, 1):
-            stop = start + rows
+            begin, stop = start, start + rows
             part = {name: values[start:stop] for name, values in batch.items()} if total else batch
-            start = stop if total else 1
+            start = stop if total else 1  # what cannot be cut is run as it is, once
             found = dict(zip(made, session.run(made, part) if made else (), strict=True)) | {
                 n: part[n] for n in names if n in part
             }
             for name, values in found.items():
                 if not np.isfinite(values).all():
                     raise ValueError(f"{name}: is not finite on calibration data in float32; it cannot be quantized")
-            own = sum(values.nbytes for values in found.values()) / rows
-            rows = max(rows, int(CHUNK_BYTES / max(own, 1)))
+            own = sum(values.nbytes for values in found.values()) / max(min(stop, total) - begin, 1)
+            rows = max(1, int(CHUNK_BYTES / max(own, 1)))
             yield {name: _unpadded(values, part.get(MASK)) for name, values in found.items()}
 
 

@@ -10,9 +10,11 @@ Shapes: B examples, S tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, shape_inference
 
 from mmcompress.quantization.graph_edit import GraphEdit
 
@@ -35,16 +37,34 @@ def select_rows_early(model: onnx.ModelProto) -> int:
     """
     edit = GraphEdit(model)
     layers = 0
-    for choice in [node for node in edit.nodes if node.op_type in ("Gather", "GatherND")]:
-        if _takes_a_row(edit, choice):
-            layers += _move_up(edit, choice)
+    choices = [node for node in edit.nodes if node.op_type in ("Gather", "GatherND") and _takes_a_row(edit, node)]
+    shapes = _shapes(model) if choices else {}
+    for choice in choices:
+        if _is_rows(shapes, choice.input[0]):
+            layers += _move_up(edit, choice, shapes)
     if layers:
         edit.finish()
     return layers
 
 
+def _shapes(model: onnx.ModelProto) -> Mapping[str, tuple[int, ...]]:
+    """What is known of the shapes of values; 0 for a length that is not."""
+    inferred = shape_inference.infer_shapes(model)
+    return {
+        value.name: tuple(int(one.dim_value) for one in value.type.tensor_type.shape.dim)
+        for value in inferred.graph.value_info
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _is_rows(shapes: Mapping[str, tuple[int, ...]], name: str) -> bool:
+    """Whether a value is known to be (B, S, D), and not the same for all examples."""
+    shape = shapes.get(name, ())
+    return len(shape) == 3 and shape[0] != 1
+
+
 def _takes_a_row(edit: GraphEdit, node: onnx.NodeProto) -> bool:
-    """Whether a node takes (B, D) out of (B, S, D)."""
+    """Whether a node takes (B, D) out of what may be (B, S, D)."""
     if node.input[0] in edit.weights:
         return False
     if node.op_type == "Gather":
@@ -70,14 +90,15 @@ def _by_row(edit: GraphEdit, node: onnx.NodeProto) -> list[int] | None:
     return None
 
 
-def _move_up(edit: GraphEdit, choice: onnx.NodeProto) -> int:
+def _move_up(edit: GraphEdit, choice: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Moves one choice in front of everything that only it reads; the number of layers that it passed."""
     region: dict[int, onnx.NodeProto] = {}
     place = next(i for i, node in enumerate(edit.nodes) if node is choice)
     for node in reversed(edit.nodes[:place]):
         readers = [reader for name in node.output for reader in edit.readers.get(name, [])]
         inside = all(id(reader) in region or (reader is choice and reader.input[0] in node.output) for reader in readers)
-        if readers and inside and not edit.is_output(node.output[0]) and _by_row(edit, node) is not None:
+        rows = _by_row(edit, node) if readers and inside and not edit.is_output(node.output[0]) else None
+        if rows and all(_is_rows(shapes, node.input[i]) for i in rows):
             region[id(node)] = node
     layers = sum(1 for node in region.values() if node.op_type == "MatMul")
     if not layers:

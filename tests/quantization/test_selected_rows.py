@@ -69,6 +69,15 @@ def test_a_residual_is_chosen_on_both_of_its_ways() -> None:
     np.testing.assert_allclose(run(model, {"x": X}), before, rtol=1e-6)
 
 
+def test_a_column_of_features_is_no_row() -> None:
+    """(B, 2) has no tokens: what is taken along its second axis is a feature, which needs the whole product."""
+    model = network([helper.make_node("ReduceMean", ["x"], ["mean"], "mean", axes=[1], keepdims=0), *layer("mean", "y")])
+    model.opset_import[0].version = 13  # axes as an attribute
+    before = run(model, {"x": X})
+    assert select_rows_early(model) == 0
+    np.testing.assert_array_equal(run(model, {"x": X}), before)
+
+
 @pytest.mark.parametrize("case", ["read elsewhere", "an output", "over the rows", "places"])
 def test_what_needs_all_rows_stays(case: str) -> None:
     if case == "read elsewhere":

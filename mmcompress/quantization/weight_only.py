@@ -24,6 +24,7 @@ from mmcompress.quantization.gptq import gptq
 from mmcompress.quantization.moments import stream
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.result import QuantizationResult
+from mmcompress.quantization.tied import share_tied
 
 with root_kept():
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
@@ -50,7 +51,8 @@ def quantize_weights(
 
     Weights of 8 bits are symmetric, those of 4 bits have a zero point for each block. Tables have one scale a row at 8 bits, and
     a scale for each block at 4; they are rounded to the nearest. The patch embedding takes 8 bits in any case, to the nearest: it
-    is the one layer that sees raw pixels, and a few hundredths of the file.
+    is the one layer that sees raw pixels, and a few hundredths of the file. A table that is a layer's weight as well is stored
+    once, rounded to the nearest; see `tied`.
 
     Args:
         source: Float file, as `export_component` writes it.
@@ -77,23 +79,25 @@ def quantize_weights(
         model = onnx.load(prepared)
     gemms_to_products(model)
     layers = [node for node in onnx_graph.weighted_nodes(model) if node.op_type in ("MatMul", "Gemm", "Conv")]
+    names = [node.name for node in layers]  # the nodes themselves are replaced
     chosen = {n.name for n in layers if n.op_type == "MatMul" and is_meant(module_path(n.name), include, exclude)}
     if layers and not chosen:
         raise ValueError(f"{source}: no MatMul with a weight is left to quantize")
     lookups = {node.name: module_path(node.name) for node in model.graph.node if node.op_type == "Gather"}
+    tied, own = share_tied(model, chosen - patches, bits, block_size, (include, exclude))
+    chosen -= own
     if rounded is not None:
         chosen -= _take(model, chosen, rounded)
     if algorithm != "rtn" and calibration is not None and (meant := chosen - (patches if bits == 4 else set())):
         replace_weights(model, by_moments(model, meant, bits, block_size, algorithm, calibration), meant)
         chosen -= meant
-    tables = _quantize_tables(model, bits, block_size, tuple(include), tuple(exclude))
+    tables = (*tied, *_quantize_tables(model, bits, block_size, tuple(include), tuple(exclude)))
     for width, own in {8: chosen & patches, bits: chosen - (patches if bits == 4 else set())}.items():
         for size, meant in _by_block_size(model, own, width, block_size).items():
             _process(model, _config(width, size), [node.name for node in model.graph.node if node.name not in meant])
     _drop_unused(model)
     onnx_graph.save(model, target)
     floats = {node.name for node in onnx_graph.weighted_nodes(model)}
-    names = [node.name for node in layers]
     paths = [*(module_path(name) for name in names), *lookups.values()]
     return QuantizationResult(
         bytes_before=onnx_graph.file_bytes(source),

@@ -1,0 +1,66 @@
+"""A table that is a layer's weight as well: stored once, and both read the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mmcompress.quantization.blocks import nearest_grid
+from mmcompress.quantization.weight_only import quantize_weights
+
+VOCABULARY, WIDTH = 300, 64
+
+
+def decoder(tied: bool) -> onnx.ModelProto:
+    """Looks rows of a table up, and multiplies them by the table transposed, or by another one."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+    weight = np.ascontiguousarray(table.T) if tied else rng.standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "embed_tokens/Gather"),
+        helper.make_node("MatMul", ["rows", "weight"], ["logits"], "proj_out/MatMul"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+            for name, size in (("rows", WIDTH), ("logits", VOCABULARY))
+        ],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(weight, "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_table_is_stored_once(tmp_path, bits):
+    sizes = {}
+    for tied in (False, True):
+        onnx.save(decoder(tied), tmp_path / "float.onnx")
+        result = quantize_weights(tmp_path / "float.onnx", tmp_path / f"{tied}.onnx", bits=bits, block_size=32)
+        assert (result.quantized, result.left_float, result.tables) == (("proj_out/MatMul",), (), ("table",))
+        sizes[tied] = result.bytes_after
+    digits = VOCABULARY * WIDTH * bits // 8
+    assert sizes[False] - sizes[True] > 0.9 * digits
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    ids = np.array([0, 7, 299])
+    rows, logits = ort.InferenceSession(tmp_path / "True.onnx", options).run(None, {"ids": ids})
+    weight = numpy_helper.to_array(decoder(True).graph.initializer[1])
+    grid = nearest_grid(weight, bits, 32)
+    held = grid.values(grid.digits(weight))
+    np.testing.assert_allclose(rows, held.T[ids], atol=1e-6)
+    # The kernel rounds its inputs to int8.
+    np.testing.assert_allclose(logits, held.T[ids] @ held, atol=0.02 * np.abs(held.T[ids] @ held).max())
+    assert 0 < np.abs(rows - weight.T[ids]).max() <= 0.51 * grid.scales.max()
+
+
+def test_an_excluded_table_or_layer_stays_apart(tmp_path):
+    onnx.save(decoder(True), tmp_path / "float.onnx")
+    result = quantize_weights(tmp_path / "float.onnx", tmp_path / "q.onnx", bits=8, exclude=["embed_tokens"])
+    assert (result.quantized, result.tables) == (("proj_out/MatMul",), ())
+    assert "GatherBlockQuantized" not in result.op_counts

@@ -5,7 +5,7 @@
 Subjects: ``fashion``, a CLIP trained on Fashion-MNIST's layout (train.parquet and test.parquet with image and label; zero-shot
 top-1), ``whisper``, a Whisper trained on spoken digits (audio, text, speaker; word error rate), and ``emoji``, the CLIP that
 `emoji_clip.py` leaves (R@10 from pictures to names on the held-out vendor); those whose folders are given. Contenders are the
-schemes of `quantize`, the roundings of weights, and `qat`, which learns from the float model, not from labels.
+schemes of `quantize`, the roundings of weights, and `qat` with its default losses.
 
 And training under rounding against calibration alone, at one placement: the layers that `qat` rounds, weights of 8, 4 and 3 bits
 with a scale for each output, activations of 8 bits, the same observer of ranges. At 8 bits there is nothing to win back, which is
@@ -73,6 +73,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "whisper": {"epochs": 2, "batch_size": 32, "learning_rate": 2e-4},
     "emoji": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-4},
 }
+"""With each task's own losses of distillation, as `qat` takes them where a recipe names none."""
 
 
 class Subject:

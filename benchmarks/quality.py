@@ -5,7 +5,7 @@
 Subjects: ``fashion``, a CLIP trained on Fashion-MNIST's layout (train.parquet and test.parquet with image and label; zero-shot
 top-1), ``whisper``, a Whisper trained on spoken digits (audio, text, speaker; word error rate), and ``emoji``, the CLIP that
 `emoji_clip.py` leaves (R@10 from pictures to names on the held-out vendor); those whose folders are given. Contenders are the
-schemes of `quantize`, the roundings of weights, and `qat` with its default losses.
+schemes of `quantize`, the roundings of weights, and `qat`, which learns from the float model alone, not from labels.
 
 And training under rounding against calibration alone, at one placement: the layers that `qat` rounds, weights of 8, 4 and 3 bits
 with a scale for each output, activations of 8 bits, the same observer of ranges. At 8 bits there is nothing to win back, which is
@@ -73,7 +73,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "whisper": {"epochs": 2, "batch_size": 32, "learning_rate": 2e-4},
     "emoji": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-4},
 }
-"""With each task's own losses of distillation, as `qat` takes them where a recipe names none."""
+LABEL_FREE = {
+    "fashion": {"task": 0.0, "affinity": 1.0, "feature": 4.0},
+    "emoji": {"task": 0.0, "affinity": 1.0, "feature": 4.0},
+    "whisper": {"task": 0.0, "logit": 1.0},
+}
+"""Losses against the float model alone: labels would teach a model something that calibration cannot."""
 
 
 class Subject:
@@ -134,14 +139,14 @@ def quantized(subject: Subject, folder: Path, seed: int, contender: str) -> Path
 def trained(subject: Subject, folder: Path, seed: int, bits: int) -> Path:
     """The files of training under rounding."""
     fake.WEIGHT_LEVELS = BITS[bits]
-    step = mm.passes.Qat(**TRAINING[subject.name], reduce_range=False)
+    step = mm.passes.Qat(**TRAINING[subject.name], losses=LABEL_FREE[subject.name], reduce_range=False)
     return files_of(step.apply(subject.load(), context=subject.context(folder, seed)))
 
 
 def calibrated(subject: Subject, folder: Path, seed: int, bits: int) -> Path:
     """The same layers and ranges without a step of training."""
     fake.WEIGHT_LEVELS = BITS[bits]
-    model, step = subject.load(), mm.passes.Qat(**TRAINING[subject.name], reduce_range=False)
+    model, step = subject.load(), mm.passes.Qat(**TRAINING[subject.name], losses=LABEL_FREE[subject.name], reduce_range=False)
     fake.insert_fake_quant(model.module, reduce_range=False)
     batch = step._calibrate(model, subject.context(folder, seed))
     fake.set_observing(model.module, False)

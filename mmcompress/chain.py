@@ -319,7 +319,7 @@ class Chain:
                     self.meter.scores[f"{step}.{one.runtime}"] = load_scores(
                         self.folder / "measurements" / Path(twin.folder).name / f"scores-{one.runtime}.safetensors"
                     )
-                    rows.append(one.model_copy(update={"step": step, "notes": [note]}, deep=True))
+                    rows.append(one.model_copy(update={"step": step, "notes": [note], "same_files_as": twin.step}, deep=True))
                 return rows
             precision = precision_of(component_files(model.onnx).values())
             rows.append(self.meter.onnx_row(model, place, step, precision))

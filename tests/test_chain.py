@@ -126,6 +126,10 @@ def test_the_report_has_a_row_for_each_model_in_each_runtime(finished: Path) -> 
     assert report.totals.finished
     assert report.totals.speedup["1"].runtime is not None
     assert report.totals.final_step == "4-export"
+    *others, quantized, final = report.rows
+    assert [row.same_files_as for row in others] == [None] * 6
+    assert final.same_files_as == "3-quantize"
+    assert final.latency_ms == quantized.latency_ms
     frame = report.to_frame()
     assert len(frame) == 8
     assert frame["quality.accuracy"].between(0, 1).all()

@@ -183,7 +183,14 @@ def _headline(of: str, result: Result, rows: Sequence[Row], settings: ReportSett
 
 
 def applied(headline: Headline, rows: Sequence[Row]) -> None:
-    """Puts what was timed side by side into the rows."""
+    """Puts what was timed side by side into the rows; those of the very files of one of them get its times too."""
+    for row in rows:
+        twin = f"{row.same_files_as}.{row.runtime}"
+        if row.same_files_as is not None and key(row) in headline.latency_ms and twin not in headline.latency_ms:
+            for other in rows:
+                if key(other) == twin:
+                    other.latency_ms = dict(headline.latency_ms[key(row)])
+                    other.busy_cores = max(headline.timing.busy_cores, headline.timing.idle_cores)
     for row in rows:
         name = key(row)
         if name in headline.latency_ms and not row.rolled_back:

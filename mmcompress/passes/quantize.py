@@ -145,13 +145,27 @@ class Quantize(Pass):
         """The pass itself, once the names in ``scheme`` and ``placement`` are those of towers or components.
 
         Raises:
-            RecipeError: one is neither.
+            RecipeError: one is neither, or ``algorithm`` and ``backend`` would round nothing.
         """
-        if not self._named() <= set(family.towers):
+        if not self._named() <= set(family.towers) or self._rounds_decoders():
             from mmcompress.families.base import without_weights  # needs torch, as plans do
 
-            self._check_names(family, family.components(without_weights(family, config)))
+            parts = family.components(without_weights(family, config))
+            self._check_names(family, parts)
+            self._check_decoders(family, parts)
         return self, ""
+
+    def _rounds_decoders(self) -> bool:
+        """Whether ``algorithm`` or ``backend`` can only be meant for decoders, the others being int8 throughout."""
+        return isinstance(self.scheme, str) and self.scheme in FIXED and (self.algorithm, self.backend) != ("rtn", "mmcompress")
+
+    def _check_decoders(self, family: Family, parts: dict[str, Component]) -> None:
+        if self._rounds_decoders() and not any(part.decoder for part in parts.values()):
+            found = f"algorithm: {self.algorithm}" if self.backend == "mmcompress" else f"backend: {self.backend}"
+            raise RecipeError(
+                f"quantize: {found} rounds the weights of weight-only schemes; under {self.scheme} only decoders get one, and "
+                f"{family.name} has none; set scheme: int8-weight-only or int4-weight-only"
+            )
 
     def _named(self) -> set[str]:
         return {name for field in (self.scheme, self.placement) if not isinstance(field, str) for name in field}
@@ -187,6 +201,7 @@ class Quantize(Pass):
         result: dict[str, Any] = {}
         parts, narrow = model.family.components(model.module), reduced(self.reduce_range)
         self._check_names(model.family, parts)
+        self._check_decoders(model.family, parts)
         for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
             scheme, _ = scheme_of(self.scheme, name, part.tower, part.decoder)
             where = folder if scheme == "float32" else scratch

@@ -110,6 +110,7 @@ class Row(_Model):
     step: str = Field(description='"baseline", "1-prune", ...')
     runtime: Literal["torch", "onnxruntime", "openvino"]
     precision: str = Field("float32", description="What the weights are stored as in what was measured.")
+    same_files_as: str | None = Field(None, description="The earlier step that left the same files, which were measured once.")
     parameters: int
     disk_bytes: int = Field(description="Bytes of the weights file (torch) or of the components' files (ONNX).")
     peak_memory_bytes: int | None = Field(None, description="Peak resident memory of the process that was timed.")

@@ -128,7 +128,8 @@ def _latencies(report: Report, batch: str) -> Waterfall:
     rows = [baseline] if baseline is not None and batch in baseline.latency_ms else []
     apart = all(wanted in found for found in by_step.values())
     for step, found in by_step.items():
-        row = found.get(wanted if apart or (final and step == final.step) else "torch") or next(iter(found.values()))
+        first = wanted if apart or (final and step == final.step) else "torch"
+        row = found.get(first) or found.get(wanted) or next(iter(found.values()))
         if row not in rows:
             rows.append(row)
     ms, full = ms_scale_of(report, batch), max(row.latency_ms[batch].p50 for row in rows)
@@ -143,6 +144,8 @@ def _latencies(report: Report, batch: str) -> Waterfall:
             verdict = speed_verdict(was, now)
             did = verdict if verdict == "no clear difference" else faster(was.p50 / now.p50)
             tone = "" if busy else {"faster": "good", "slower": "bad"}.get(verdict, "")
+            if before is not None and row.same_files_as == before.step and row.runtime == before.runtime:
+                did, tone = "the same files", ""
         bar = value_bar(now.p50, full, was.p50 if was else None, SERIES[row.runtime])
         falls.append(_fall(report, row, bar, ms(now.p50), did, tone))
         before = before if row.rolled_back else row

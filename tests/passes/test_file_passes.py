@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -190,3 +191,18 @@ def test_a_placement_of_something_unknown_is_refused(model: mm.CompressedModel) 
     step = mm.passes.Quantize(placement={"txt": "dynamic"})
     with pytest.raises(RecipeError, match="placement: 'txt' is neither a tower nor a component"):
         step.settled(model.family, model.module.config)
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "gptq"}, {"backend": "neural-compressor"}])
+def test_rounding_of_decoders_is_refused_where_there_are_none(
+    settings: dict[str, Any], model: mm.CompressedModel, context: Context
+) -> None:
+    step = mm.passes.Quantize(scheme="int8-static", **settings)
+    name, value = next(iter(settings.items()))
+    said = (
+        f"{name}: {value} rounds the weights of weight-only schemes; under int8-static only decoders get one, and clip has none"
+    )
+    with pytest.raises(RecipeError, match=said):
+        step.settled(model.family, model.module.config)
+    with pytest.raises(RecipeError, match=said):
+        step.run(model, context)

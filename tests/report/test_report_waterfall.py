@@ -6,11 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from mmcompress.measure.headline import applied
 from mmcompress.report.alerts import Alert
 from mmcompress.report.html import SHOWN_ALERTS, first_screen
 from mmcompress.report.markdown import render_markdown
 from mmcompress.report.reproduce import recipe_hash, reproduce
 from mmcompress.report.schema import Warning_
+from mmcompress.report.schema_speed import Headline, Served, Timing
 from mmcompress.report.summary import summary_table
 from mmcompress.report.text import bad_news
 from mmcompress.report.waterfall import waterfalls
@@ -52,6 +54,30 @@ def test_the_runtime_is_a_step_of_its_own_where_all_steps_ran_in_it() -> None:
         ("baseline", "41.3 ms", ""), ("baseline", "29.0 ms", "1.42x faster"), ("1-prune", "22.0 ms", "1.32x faster"),
         ("2-distill", "22.0 ms", "no clear difference"), ("3-quantize", "10.4 ms", "2.12x faster"),
     ]  # fmt: skip
+
+
+def test_a_step_that_left_the_same_files_is_neither_faster_nor_slower() -> None:
+    report = examples.full()
+    last = report.rows[-1]
+    twin = last.model_copy(update={"step": "4-export", "same_files_as": last.step}, deep=True)
+    twin.latency_ms["1"] = examples.latency(last.latency_ms["1"].p50 / 2)  # was timed anew
+    report.rows.append(twin)
+    report.totals.final_step = "4-export"
+    assert _said(report, "latency")[-1][2:] == ("the same files", "")
+
+
+def test_the_same_files_have_the_same_times() -> None:
+    """Of two steps with the same files only the later one is timed side by side."""
+    report = examples.full()
+    one = report.rows[-1]
+    two = one.model_copy(update={"step": "4-export", "same_files_as": one.step}, deep=True)
+    rows, name = [one, two], f"4-export.{two.runtime}"
+    again = {"1": examples.latency(3.0)}
+    timing = Timing(models=[name], rounds={"1": 9}, seconds=1.0, busy_cores=0.1, idle_cores=0.0, threads=1, affinity=[0])
+    applied(Headline(of="", latency_ms={name: again}, served={name: Served()}, ratios={}, noise={}, timing=timing), rows)
+    assert one.latency_ms == two.latency_ms == again
+    assert one.served is None or one.served != Served()
+    assert one.busy_cores == two.busy_cores == 0.1
 
 
 def test_one_row_is_no_waterfall() -> None:

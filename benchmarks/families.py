@@ -6,8 +6,8 @@ Every step of every family runs in a process of its own, so that its peak memory
 and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
 size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
 cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; that of fine-tuning and distilling,
-without what the process takes before it loads a model and without what the forward and backward pass of a batch needs, against 5
-times those bytes. Above that the exit code is 1.
+without what the process takes before it loads a model and without the activations of a batch, against 5 times those bytes. Above
+that the exit code is 1.
 
 Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it. Families that --out holds are not
 measured again.
@@ -176,10 +176,11 @@ class RandomPairs(RandomInputs):
 
 
 def activations(name: str, work: Path, what: str) -> dict[str, Any]:
-    """What one batch needs: the most that is held at once in the forward and backward pass of its loss, beside the gradients.
+    """What the activations of one batch need: the most that is held at once in the forward and backward pass of its loss.
 
-    Counted in allocations, with the gradients there already. The loss is part of it (logits over a vocabulary with their softmax,
-    in distilling the teacher's), and so is what autograd adds up on its way to a gradient, such as that of tied embeddings.
+    Counted in allocations, with the gradients there already, at two batch sizes: what does not grow with the batch (weights in
+    bf16 under autocast, the gradient of one layer on its way to the others) is no activation. The loss is part of it: logits over
+    a vocabulary with their softmax, and in distilling the teacher's.
     """
     model, cpu = opened(name, work / "whole"), torch.device("cpu")
     model.processor = Blank(None, family=model.family, config=model.module.config)
@@ -193,13 +194,21 @@ def activations(name: str, work: Path, what: str) -> dict[str, Any]:
     for parameter in [*model.module.parameters(), *objective.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
 
+    def most(count: int, index: int) -> int:
+        batch = random_batch(model.family, model.module.config, count, index)
+        # Indices of their own, or the teacher would remember its answers.
+        batch["index"] = torch.arange(index, index + count)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+            pieces(batch, 0, backward=True)
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+        return int(held.max())
+
     size_ = batch_size_of(name)
-    batch = {**random_batch(model.family, model.module.config, size_, 0), "index": torch.arange(size_)}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        pieces(batch, 0, backward=True)
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return {"bytes": int(held.max()), "batch_size": size_}
+    small = size_ // 2
+    counted = {count: most(count, index) for count, index in ((size_, 0), (small, size_))}
+    per_batch = size_ * (counted[size_] - counted[small]) // (size_ - small)
+    return {"bytes": per_batch, "beside_bytes": counted[size_] - per_batch, "batch_size": size_}
 
 
 def batch_size_of(name: str) -> int:

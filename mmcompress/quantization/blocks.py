@@ -56,7 +56,8 @@ class Grid:
         return (digits - zeros) * scales
 
     def _spread(self, rows: int) -> tuple[Floats, Floats]:
-        return tuple(np.repeat(part, self.block_size, axis=0)[:rows] for part in (self.scales, self.zeros))  # type: ignore[return-value]
+        scales, zeros = (np.repeat(part, self.block_size, axis=0)[:rows] for part in (self.scales, self.zeros))
+        return scales, zeros
 
 
 def fitting(inputs: int, block_size: int, bits: int) -> int:

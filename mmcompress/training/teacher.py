@@ -30,6 +30,7 @@ from mmcompress.model import CompressedModel, load
 from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.training.autocast import computing
 from mmcompress.training.inside import look
+from mmcompress.training.memory import users
 from mmcompress.training.stored import Store, row_key
 
 BASELINE = "baseline"
@@ -254,11 +255,7 @@ def store_halves(module: nn.Module) -> None:
     less memory. A weight that another layer uses as well (a tied embedding) stays as it is, and so do convolutions, whose dtype
     some models give to what is added behind them.
     """
-    users: dict[nn.Parameter, list[nn.Module]] = {}
-    for part in module.modules():
-        for weight in part.parameters(recurse=False):
-            users.setdefault(weight, []).append(part)
-    for weight, parts in users.items():
+    for weight, parts in users(module).items():
         rounds = weight.dtype == torch.float32 and all(type(part) is nn.Linear for part in parts)
         # The others are copied: what a file is mapped to stays in memory as long as one weight lies in it.
         weight.data = weight.data.to(torch.bfloat16) if rounds else weight.data.clone()

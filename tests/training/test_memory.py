@@ -1,4 +1,7 @@
-"""Whether memory that is freed goes back, looked at in processes of their own: the setting cannot be undone."""
+"""Whether memory that is freed goes back, and a tied gradient is held once.
+
+The first is looked at in processes of their own: the setting cannot be undone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mmcompress.training.memory import looked_up_rows
+
+CPU = torch.device("cpu")
 SCRIPT = """
 import sys, psutil, torch
 from torch import nn
@@ -50,3 +59,71 @@ def test_a_large_model_s_blocks_go_back_and_a_small_one_s_need_not() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_what_the_user_says_about_memory_stays() -> None:
     assert left(0, MALLOC_MMAP_THRESHOLD_="33554432")[0] == "False"
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's as well, padding in row 1, and one that stands alone."""
+
+    def __init__(self, bare: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.places = nn.Embedding(50, 8, padding_idx=1), nn.Embedding(4, 8)
+        self.out = nn.Linear(8, 50, bias=False)
+        self.out.weight = self.embed.weight
+        self.bare, self.again = bare, False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to a loss of shape ()."""
+
+        def body(ids: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
+            return hidden.tanh()
+
+        hidden = checkpoint(body, ids, use_reentrant=False) if self.again else body(ids)
+        return hidden.square().sum() if self.bare else self.out(hidden).logsumexp(-1).square().sum()
+
+
+def allocated(model: Tied, passes: int) -> int:
+    """How many tables as large as the embedding the backward passes make."""
+    ids = torch.tensor([[3, 1, 3], [49, 3, 1]])  # few, so that the logits are smaller than the table
+    table = model.embed.weight.nbytes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        for _ in range(passes):
+            model(ids).backward()
+    assert found.profiler is not None
+    results = found.profiler.kineto_results
+    return sum(e.name() == "[memory]" and table <= e.nbytes() < 2 * table for e in results.events())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_tied_gradient_is_that_of_autograd(bare: bool, again: bool, passes: int) -> None:
+    plain, lean = Tied(bare), Tied(bare)
+    lean.again = again
+    allocated(plain, passes)
+    with looked_up_rows(lean, CPU):
+        allocated(lean, passes)
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(lean.get_parameter(name).grad, parameter.grad)
+    assert lean.embed.weight.grad is not None
+    assert lean.embed.weight.grad.layout is torch.strided
+    assert "forward" not in vars(lean.embed)
+
+
+def test_a_tied_gradient_is_held_once() -> None:
+    assert allocated(Tied(), 1) == 3  # what this is about: the layer's, the rows in a table, their sum
+    lean = Tied()
+    with looked_up_rows(lean, CPU):
+        assert allocated(lean, 1) == 1
+
+
+def test_frozen_and_untied_embeddings_are_left_alone() -> None:
+    lean = Tied()
+    lean.embed.weight.requires_grad_(False)
+    with looked_up_rows(lean, CPU):
+        lean(torch.tensor([[2, 3]])).backward()
+        assert "forward" not in vars(lean.places)
+    assert lean.embed.weight.grad is None
+    assert lean.places.weight.grad is not None

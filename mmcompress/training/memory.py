@@ -1,13 +1,14 @@
 """Training large models without memory that is held and not used.
 
-An output layer that is tied to the embedding has its gradient three times for a moment: autograd makes the layer's own, a table
-of the same size for the few rows that were looked up, and their sum (318 MB of a Whisper base's 290 MB of weights). Here the rows
-are added to the layer's.
+The gradient of an embedding is a table of its size for the few rows that were looked up, 154 MB of a CLAP's 614 MB of weights,
+and there while activations still are. Here it is the rows alone until the backward pass is over. Where the output layer is tied
+to the embedding, autograd holds the gradient three times for a moment: the layer's own, the table, and their sum (318 MB of a
+Whisper base's 290 MB of weights). Here the rows are added to the layer's.
 
 glibc's malloc raises the size from which blocks come from the kernel, and go back there, up to 32 MB. Activations below that are
 then carved out of one heap, where each layer's leave holes that the next ones do not fit into: fine-tuning a Whisper base held
-0.4 GB of 2.9 that nobody used. With a fixed limit their memory goes back at once. That costs the kernel's time for new pages,
-which is little beside what a large model computes with a page, and a fifth of the time of a small one.
+0.4 GB of 2.9 that nobody used. With a fixed limit their memory goes back at once. That costs the kernel's time for new pages:
+a tenth of the processor time of a ViLT, a fifth of a small model's. So only models whose memory may not fit pay it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,16 +25,16 @@ from torch import nn
 from torch.nn import functional as F
 
 LARGE_BYTES = 200_000_000
-"""Of weights: from here on pages cost next to nothing."""
-BLOCK_BYTES = 2**20
-"""A matrix of a model of width 512 in float32."""
+"""Of weights: from here on memory counts more than a tenth of the time."""
+BLOCK_BYTES = 2**18
+"""The hidden states of 85 tokens of width 768 in float32; with 1 MB a ViLT with two pictures kept 0.2 GB of them."""
 _M_MMAP_THRESHOLD = -3
 _SAID_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 """Variables that say that the user chose how memory is managed."""
 
 
 def give_back_blocks(module: nn.Module) -> bool:
-    """Has this process give blocks of 1 MB and more back when they are freed, from now on, if a large model is trained in it.
+    """Has this process give blocks of 256 KB and more back when they are freed, from now on, if it trains a large model.
 
     Does nothing on other C libraries than glibc, or where the user has said how memory is managed.
 
@@ -47,20 +48,38 @@ def give_back_blocks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def looked_up_rows(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """In the block, embeddings that share their weight with another layer add their rows to its gradient, and no table.
+def looked_up_rows(module: nn.Module, device: torch.device, least_bytes: int = BLOCK_BYTES) -> Iterator[None]:
+    """In the block, the gradients of large embeddings are the rows that were looked up, and no table.
 
-    The gradient is the same but for the order of its sums. It is in ``weight.grad`` after a backward pass, and not in what
-    ``torch.autograd.grad`` gives for the weight. Does nothing on devices that have no sparse gradients.
+    An embedding of its own has a sparse ``weight.grad`` after the backward pass, which `fill_tables` makes dense. One that shares
+    its weight with another layer adds its rows to that layer's gradient: to ``weight.grad``, not to what ``torch.autograd.grad``
+    gives for the weight. Either is the same as without but for the order of sums. Does nothing on devices without sparse
+    gradients.
+
+    Args:
+        least_bytes: of an embedding's weight.
     """
-    tied = _tied_embeddings(module) if device.type in ("cpu", "cuda") else []
-    for embedding in tied:
-        embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign] # the module keeps its class and hooks
+    large = _embeddings(module, least_bytes) if device.type in ("cpu", "cuda") else {}
+    for embedding, tied in large.items():
+        if tied:
+            embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign] # the module keeps its class and hooks
+        else:
+            embedding.sparse = True
     try:
         yield
     finally:
-        for embedding in tied:
-            del embedding.forward
+        for embedding, tied in large.items():
+            if tied:
+                del embedding.forward
+            else:
+                embedding.sparse = False
+
+
+def fill_tables(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes gradients of looked-up rows tables of zeros with these rows, as optimisers need them."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
 
 
 def users(module: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
@@ -72,9 +91,15 @@ def users(module: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return found
 
 
-def _tied_embeddings(module: nn.Module) -> list[nn.Embedding]:
-    shared = [part for parts in users(module).values() if len(parts) > 1 for part in parts if type(part) is nn.Embedding]
-    return [part for part in shared if part.max_norm is None and not part.scale_grad_by_freq and not part.sparse]
+def _embeddings(module: nn.Module, least_bytes: int) -> dict[nn.Embedding, bool]:
+    """Embeddings whose gradients may be sparse, and whether they are tied to other layers."""
+    found: dict[nn.Embedding, bool] = {}
+    for weight, parts in users(module).items():
+        for part in parts:
+            plain = isinstance(part, nn.Embedding) and not (part.max_norm or part.scale_grad_by_freq or part.sparse)
+            if plain and type(part) is nn.Embedding and weight.nbytes >= least_bytes:
+                found[part] = len(parts) > 1
+    return found
 
 
 def _look_up(embedding: nn.Embedding, input: torch.Tensor) -> torch.Tensor:  # the name that nn.Embedding gives it

@@ -15,6 +15,7 @@ from mmcompress.model import CompressedModel
 from mmcompress.training import parallel
 from mmcompress.training.average import Average
 from mmcompress.training.forward import Forward
+from mmcompress.training.memory import fill_tables
 from mmcompress.training.objective import Objective
 from mmcompress.training.pieces import Pieces
 from mmcompress.training.schedule import parameter_groups, rate_share
@@ -87,6 +88,7 @@ class Runner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate_share(step, self.plan.steps, self.settings.warmup, self.plan.span)
         parts = self.pieces(batch, self.plan.step_seed(step), backward=True)
+        fill_tables(self.parameters)
         parallel.add_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)

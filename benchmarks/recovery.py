@@ -70,9 +70,11 @@ TRAINING = {
     "emoji": {"batch_size": 64, "learning_rate": 5e-4},
 }
 LOSSES = {
-    "fashion": {"task": 1.0, "affinity": 1.0, "feature": 4.0},
+    "fashion": {"task": 1.0, "affinity": 0.5},
     "emoji": {"task": 0.0, "affinity": 1.0, "feature": 4.0},
 }
+"""Fashion's were chosen without the test split, by training on the first 50,000 training examples and looking at the others:
+labels teach more there than that model's own answers (at half 88.5, and 88.3 with affinity 1 and feature 4)."""
 TEMPLATES = ["a photo of a {}", "a {}", "a picture of a {}", "a product photo of a {}"]
 
 Step = dict[str, Any]

@@ -11,7 +11,8 @@ Contenders, at the same size of the vision tower and the same number of steps, b
 - torch-pruning: its GroupNormPruner with group L2 norms at one ratio for all of the vision tower's channels, then fine-tuning on
   the task's loss;
 - scratch: a student of our shape whose vision tower starts from random numbers (its text tower is the teacher's), with the same
-  distillation.
+  distillation;
+- uncut: the whole model, fine-tuned on the task's loss: what so many steps are worth where nothing was cut. With one seed.
 
 And the ranking of criteria: half of the vision tower's FFN units cut by taylor, magnitude and at random, without training.
 
@@ -64,6 +65,7 @@ EPOCHS = {"half": 1, "quarter": 3, "eighth": 5}
 MARGINS = {"half": 0.3, "quarter": 1.0, "eighth": 2.5}
 """How many points the compressed model may lose."""
 CONTENDERS = ("ours", "torch-pruning", "scratch")
+CEILING = "uncut"
 CRITERIA = ("taylor", "magnitude", "random")
 TRAINING = {
     "fashion": {"batch_size": 256, "learning_rate": 1e-3},
@@ -217,6 +219,16 @@ def torch_pruning(subject: Subject, size: str, seed: int) -> CompressedModel:
         low, high = (low, middle) if vision_parameters(tried) <= most else (middle, high)
     model = subject.load()
     group_norm_cut(model, high)
+    return finetuned(subject, model, size, seed)
+
+
+def uncut(subject: Subject, size: str, seed: int) -> CompressedModel:
+    """Fine-tuning alone."""
+    return finetuned(subject, subject.load(), size, seed)
+
+
+def finetuned(subject: Subject, model: CompressedModel, size: str, seed: int) -> CompressedModel:
+    """The recovery of those who do not distil."""
     settings = {**TRAINING[subject.name], "epochs": EPOCHS[size]}
     return mm.passes.Finetune(**settings).apply(model, context=subject.context(100 * seed + 50))
 
@@ -234,7 +246,7 @@ def job(given: argparse.Namespace) -> dict[str, Any]:
         model = half.apply(subject.load(), context=subject.context(int(seed)))
     else:
         made: Callable[[Subject, str, int], CompressedModel]
-        made = {"ours": ours, "torch-pruning": torch_pruning, "scratch": scratch}[contender]
+        made = {"ours": ours, "torch-pruning": torch_pruning, "scratch": scratch, CEILING: uncut}[contender]
         model = made(subject, size, int(seed))
     seconds = time.perf_counter() - start
     scores = subject.scores(model).astype(int).tolist()
@@ -249,6 +261,7 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         for subject in given.only:
             found += [(subject, size, contender, seed) for size in given.sizes for contender in CONTENDERS]
             found += [(subject, "ffn-half", criterion, seed) for criterion in CRITERIA]
+    found += [(subject, size, CEILING, str(given.seeds[0])) for subject in given.only for size in given.sizes]
     return found
 
 
@@ -306,7 +319,7 @@ def table(found: dict[str, Any], given: argparse.Namespace) -> str:
                 None,
             ]
         )
-        places = [(s, c) for s in given.sizes for c in CONTENDERS] + [("ffn-half", c) for c in CRITERIA]
+        places = [(s, c) for s in given.sizes for c in (*CONTENDERS, CEILING)] + [("ffn-half", c) for c in CRITERIA]
         rows += [one for size, contender in places if (one := row(found, subject, size, contender, seeds))]
     heads = ["subject", "size", "contender", "seeds", "vision", "%", "points to baseline [95%]", "seeds from, to", "verdict", "s"]
     return tabulate(rows, headers=heads, disable_numparse=True)

@@ -63,7 +63,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int4 rtn": {"scheme": "int4-weight-only"},
     "int4 awq": {"scheme": "int4-weight-only", "algorithm": "awq"},
     "int4 gptq": {"scheme": "int4-weight-only", "algorithm": "gptq"},
-    "int4 gptq, blocks of 64": {"scheme": "int4-weight-only", "algorithm": "gptq", "block_size": 64},
+    "int4 gptq, blocks of 32": {"scheme": "int4-weight-only", "algorithm": "gptq", "block_size": 32},
     "float16": {"scheme": "float16"},
 }
 BITS = {8: 127, 4: 7, 3: 3}

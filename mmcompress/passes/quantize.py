@@ -53,7 +53,7 @@ class Quantize(Pass):
     block_size: Literal[32, 64, 128] | None = Field(
         None,
         description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger. "
-        "Left out: 32 at 4 bits, 128 at 8. Layers that it does not divide take a smaller one where that takes less space.",
+        "Left out: 64 at 4 bits, 128 at 8. Layers that it does not divide take a smaller one where that takes less space.",
     )
     algorithm: Algorithm = Field(
         "rtn",

@@ -20,8 +20,8 @@ Bits = Literal[4, 8]
 
 SMALLEST = 32
 """Inputs in a block, at least: more scales than that are no small part of 4 bits."""
-DEFAULT_SIZES: Mapping[int, int] = {4: 32, 8: 128}
-"""Block size by bits: 8 bits are exact enough that fewer scales pay."""
+DEFAULT_SIZES: Mapping[int, int] = {4: 64, 8: 128}
+"""Block size by bits: with blocks of 32 a CLIP at 4 bits is a tenth larger, and 8 bits are exact enough for fewer still."""
 INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy_level that lets its kernels round activations to int8, block by block and at run time, which is several
 times as fast as float products on x86 with VNNI. Blocks are small, so that it costs next to no accuracy."""

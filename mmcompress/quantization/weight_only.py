@@ -58,7 +58,7 @@ def quantize_weights(
         source: Float file, as `export_component` writes it.
         target: Where to write.
         bits: Of each weight.
-        block_size: Weights that share a scale, along K: 32, 64 or 128; None for 32 at 4 bits and 128 at 8. Layers whose inputs
+        block_size: Weights that share a scale, along K: 32, 64 or 128; None for 64 at 4 bits and 128 at 8. Layers whose inputs
             it does not divide take a smaller one, where that takes less space.
         algorithm: rtn rounds to the nearest and needs no data; see `gptq.gptq` and `awq.awq` for the others.
         calibration: Batches for those.

@@ -83,13 +83,12 @@ Step = dict[str, Any]
 RECIPES: dict[str, list[Step]] = {
     "half": [{"axis": "ffn", "ratio": {"vision": 0.77}, "criterion": "taylor"}],
     "quarter": [
-        {"axis": "width", "ratio": {"vision": 1 / 3}, "criterion": "taylor"},
-        {"axis": "ffn", "ratio": {"vision": 0.79}, "criterion": "taylor"},
+        {"axis": "width", "ratio": {"vision": 0.5}, "heads": "narrower", "criterion": "taylor"},
+        {"axis": "ffn", "ratio": {"vision": 0.52}, "criterion": "taylor"},
     ],
     "eighth": [
-        {"axis": "depth", "ratio": {"vision": 0.5}, "criterion": "spacing"},
-        {"axis": "width", "ratio": {"vision": 1 / 3}, "criterion": "taylor"},
-        {"axis": "ffn", "ratio": {"vision": 0.823}, "criterion": "taylor"},
+        {"axis": "width", "ratio": {"vision": 0.625}, "heads": "narrower", "criterion": "taylor"},
+        {"axis": "ffn", "ratio": {"vision": 0.72}, "criterion": "taylor"},
     ],
 }
 """What is cut at each size; distilling follows, from the uncut model."""

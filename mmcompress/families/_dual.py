@@ -21,7 +21,7 @@ AXES = MappingProxyType(
     {
         "ffn": "hidden units of the feed-forward layers; sets intermediate_size",
         "depth": "whole layers; sets num_hidden_layers",
-        "width": "residual width together with whole heads at constant head size; sets hidden_size and num_attention_heads",
+        "width": "residual width with whole heads, or channels of every head (heads: narrower); sets hidden_size and heads",
     }
 )
 BATCH_AXES = MappingProxyType({"vision": "image_batch_size", "audio": "audio_batch_size", "text": "text_batch_size"})

@@ -169,8 +169,10 @@ class Transformer(Encoder):
             elif axis == "heads":
                 value = cast(nn.Linear, layer.get_submodule(at.value))
                 also = (layer.get_submodule(at.query), layer.get_submodule(at.key))
-                size = attrgetter(at.head_size)(layer)
-                groups.append(UnitGroup(tower, axis, f"{name}.{at.value}", value, value.out_features, size, also))
+                inside, _, attribute = at.head_size.rpartition(".")
+                remembers = (layer.get_submodule(inside), attribute)
+                size, label = attrgetter(at.head_size)(layer), f"{name}.{at.value}"
+                groups.append(UnitGroup(tower, axis, label, value, value.out_features, size, also, head_size=remembers))
         return groups
 
     def shrink(self, encoder: nn.Module, config: PretrainedConfig) -> bool:

@@ -101,7 +101,9 @@ class SiglipVision(VisionTransformer):
             head = SplitHead(head)
         if axis == "heads":
             also = (head.q_proj, head.k_proj)
-            return [*groups, UnitGroup(tower, axis, f"{at}.v_proj", head.v_proj, head.v_proj.out_features, head.head_dim, also)]
+            root, remembers = head.v_proj, (head, "head_dim")
+            own = UnitGroup(tower, axis, f"{at}.v_proj", root, root.out_features, head.head_dim, also, head_size=remembers)
+            return [*groups, own]
         if axis == "width":
             # Neither the probe nor what the head writes lies on the residual stream; all three are hidden_size wide.
             return [

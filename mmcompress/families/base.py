@@ -115,7 +115,9 @@ class UnitGroup:
         root: the module whose output channels are the units; Torch-Pruning finds what is coupled to it.
         size: how many output channels the root has.
         block: channels that stand or fall together (a head's size), 1 for single neurons.
-        also: further modules whose output channels are cut at the same indices (query, key, value).
+        strided: whether a unit's channels lie ``size / block`` apart (one of every head) and not side by side.
+        also: further modules whose output channels are cut at the same indices (query first, then key).
+        head_size: where the module remembers the size of a head, for ``heads``: an object and its attribute.
         explicit: all weights that are cut, ``root``'s among them, where Torch-Pruning's graph cannot follow (grouped queries).
             Left empty, the graph finds them.
     """
@@ -128,6 +130,21 @@ class UnitGroup:
     block: int = 1
     also: tuple[nn.Module, ...] = ()
     explicit: tuple[Coupled, ...] = ()
+    head_size: tuple[nn.Module, str] | None = None
+    strided: bool = False
+
+    @property
+    def units(self) -> int:
+        """U: how many units there are."""
+        return self.size // self.block
+
+    def channels(self, unit: int) -> range:
+        """The root's output channels that are one unit."""
+        return range(unit, self.size, self.units) if self.strided else range(unit * self.block, (unit + 1) * self.block)
+
+    def unit_of(self, channels: torch.Tensor) -> torch.Tensor:
+        """The units that channels belong to, of the same shape."""
+        return channels % self.units if self.strided else channels // self.block
 
 
 @dataclass

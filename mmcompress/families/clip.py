@@ -55,7 +55,7 @@ class Clip(Family):
         {
             "ffn": "hidden units of the feed-forward layers; sets intermediate_size",
             "depth": "whole layers; sets num_hidden_layers",
-            "width": "residual width together with whole heads at constant head size; sets hidden_size and num_attention_heads",
+            "width": "residual width with whole heads, or channels of every head (heads: narrower); sets hidden_size and heads",
             "heads": "attention heads alone; no config key of CLIP says so, needs allow_custom",
         }
     )
@@ -98,7 +98,8 @@ class Clip(Family):
                 at = layer.self_attn
                 size = at.v_proj.out_features
                 also = (at.q_proj, at.k_proj)
-                groups.append(UnitGroup(tower, axis, f"{name}.self_attn.v_proj", at.v_proj, size, at.head_dim, also))
+                label = f"{name}.self_attn.v_proj"
+                groups.append(UnitGroup(tower, axis, label, at.v_proj, size, at.head_dim, also, head_size=(at, "head_dim")))
         return groups
 
     def tracing(self, module: PreTrainedModel, tower: str, batch: Batch) -> tuple[nn.Module, Any, list[nn.Parameter]]:

@@ -136,7 +136,7 @@ class Vilt(Family):
         {
             "ffn": "hidden units of the feed-forward layers; sets intermediate_size",
             "depth": "whole layers; sets num_hidden_layers",
-            "width": "residual width together with whole heads at constant head size; sets hidden_size and num_attention_heads",
+            "width": "residual width with whole heads, or channels of every head (heads: narrower); sets hidden_size and heads",
             "heads": "attention heads alone; no config key of ViLT says so, needs allow_custom",
         }
     )
@@ -180,7 +180,8 @@ class Vilt(Family):
                 at = layer.attention.attention
                 size, also = at.value.out_features, (at.query, at.key)
                 root = f"{name}.attention.attention.value"
-                groups.append(UnitGroup(tower, axis, root, at.value, size, at.attention_head_size, also))
+                remembers = (at, "attention_head_size")
+                groups.append(UnitGroup(tower, axis, root, at.value, size, at.attention_head_size, also, head_size=remembers))
         return groups
 
     def _width_groups(self, module: Any, tower: str) -> list[UnitGroup]:

@@ -88,8 +88,8 @@ class Whisper(Family):
         {
             "ffn": "hidden units of the feed-forward layers; sets encoder_ffn_dim, decoder_ffn_dim",
             "depth": "whole layers; sets encoder_layers, decoder_layers",
-            "width": "residual width together with whole heads at constant head size, both towers alike; sets d_model, "
-            "encoder_attention_heads and decoder_attention_heads",
+            "width": "residual width with whole heads, or channels of every head (heads: narrower), both towers alike; sets "
+            "d_model, encoder_attention_heads and decoder_attention_heads",
             "heads": "attention heads alone; no config key of Whisper says so, needs allow_custom",
         }
     )
@@ -144,7 +144,8 @@ class Whisper(Family):
                     at = getattr(layer, name)
                     root, also = at.v_proj, (at.q_proj, at.k_proj)
                     label = f"{prefix}.layers.{i}.{name}.v_proj"
-                    groups.append(UnitGroup(tower, axis, label, root, root.out_features, at.head_dim, also))
+                    size, remembers = root.out_features, (at, "head_dim")
+                    groups.append(UnitGroup(tower, axis, label, root, size, at.head_dim, also, head_size=remembers))
         return groups
 
     def tracing(self, module: PreTrainedModel, tower: str, batch: Batch) -> tuple[nn.Module, Any, list[nn.Parameter]]:

@@ -63,11 +63,6 @@ def together(family: Family, axis: Axis, towers: Sequence[str]) -> list[tuple[st
     return [*([joint] if joint else []), *((t,) for t in towers if t not in joint)]
 
 
-def counted_size(sizes: Mapping[str, int], axis: Axis) -> int:
-    """How many units the axis counts in a tower: heads where the residual width follows them."""
-    return sizes[Shares(axis, {}).counted(sizes)]
-
-
 @dataclass
 class Sensitivity:
     """Scores a model and copies of it that are cut.
@@ -134,7 +129,7 @@ class Sensitivity:
 
 def tower_size(model: CompressedModel, axis: Axis, towers: Sequence[str]) -> int:
     """How many units the axis counts in towers that are cut alike."""
-    return counted_size(model.family.config_sizes(model.module.config)[towers[0]], axis)
+    return Shares(axis, {}).units(model.family.config_sizes(model.module.config)[towers[0]])
 
 
 def grid(model: CompressedModel, cutting: Cutting, towers: Sequence[str], ratios: Sequence[float]) -> list[tuple[float, int]]:

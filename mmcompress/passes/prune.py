@@ -12,7 +12,7 @@ from mmcompress.context import Context
 from mmcompress.errors import RecipeError, one_of
 from mmcompress.passes.base import Pass
 from mmcompress.pruning.target import Target
-from mmcompress.pruning.units import Axis, Scope, Shares, axis_mistake
+from mmcompress.pruning.units import Axis, Heads, Scope, Shares, axis_mistake
 from mmcompress.training.settings import DistillationSettings
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class Prune(Pass):
     axis: Axis = Field(
         "ffn",
         description="What is cut: `ffn` hidden units of the feed-forward layers, `depth` whole layers, `width` the residual "
-        "width together with whole heads, `heads` attention heads alone (only decoders with grouped queries have a config key "
-        "for it; elsewhere allow_custom). `mmcompress inspect <model>` shows what each tower has.",
+        "width together with the attention heads, `heads` these alone (only decoders with grouped queries have a config "
+        "key for it; elsewhere allow_custom). `mmcompress inspect <model>` shows what each tower has.",
     )
     ratio: Share | dict[str, Share] | Literal["auto"] = Field(
         description="Share of the units to cut, 0 to under 1: one number for all towers that have the axis, or a number for each "
@@ -78,11 +78,17 @@ class Prune(Pass):
         description="`layer` cuts the same share in every layer; `tower` ranks units of one shape over all layers of a tower, so "
         "that widths differ, which no stock config can say: allow_custom. For ffn and heads only.",
     )
+    heads: Heads = Field(
+        "fewer",
+        description="What goes with axis: width. `fewer`: whole heads, at constant head size. `narrower`: channels of every "
+        "head, whose number stays; the finer choice in a tower of few heads.",
+    )
     round_to: int = Field(
         8,
         ge=1,
         le=1024,
-        description="Kept FFN widths are multiples of this many units, 1 to 1024: kernels are fast on multiples of 8.",
+        description="Kept FFN widths, and sizes of narrower heads, are multiples of this many units, 1 to 1024: kernels are fast "
+        "on multiples of 8.",
     )
     allow_custom: bool = Field(
         False, description="Allow a result that stock transformers cannot load; mmcompress and ONNX runtimes still do."
@@ -135,6 +141,8 @@ class Prune(Pass):
             raise ValueError(
                 f"scope: tower ranks units over layers, and {self.axis} is one choice for the tower; leave scope out"
             )
+        if self.heads == "narrower" and self.axis != "width":
+            raise ValueError(f"heads: narrower is for axis: width; with axis: {self.axis} leave it out")
         axes = registry.stated("criteria", self.criterion, "axes", (self.axis,))
         if self.axis not in axes:
             raise ValueError(f"criterion: {axis_mistake(self.criterion, self.axis, axes)}")
@@ -154,13 +162,14 @@ class Prune(Pass):
 
         per_layer = self.ratio == "auto" and self.allow_custom and self.axis in ("ffn", "heads")
         scope: Scope = "tower" if per_layer else self.scope
-        return Cutting(self.axis, self.criterion, self.round_to, scope, self.allow_custom, self.samples, self.batch_size)
+        how = (self.round_to, scope, self.allow_custom, self.samples, self.batch_size, self.heads)
+        return Cutting(self.axis, self.criterion, *how)
 
     def _shares(self, sizes: Mapping[str, Mapping[str, Any]]) -> Shares:
         having = [tower for tower, axes in sizes.items() if self.axis in axes] or list(sizes)
         alike = 0.0 if self.ratio == "auto" else self.ratio
         ratios = alike if isinstance(alike, dict) else dict.fromkeys(having, alike)
-        return Shares(self.axis, ratios, self.round_to, self.scope)
+        return Shares(self.axis, ratios, self.round_to, self.scope, self.heads)
 
     def _unlike(self, family: Family, shares: Shares) -> list[str]:
         """What the family cannot do: shapes without a stock config, towers cut apart that share a size."""

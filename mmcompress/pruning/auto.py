@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from mmcompress.context import Context
 from mmcompress.errors import RecipeError
 from mmcompress.families.base import Family
-from mmcompress.measure.sensitivity import CutPoint, Sensitivity, counted_size, time_calls, together
+from mmcompress.measure.sensitivity import CutPoint, Sensitivity, time_calls, together
 from mmcompress.measure.size import shape_cost
 from mmcompress.model import CompressedModel
 from mmcompress.pruning.allocate import Choice, allocate, envelope, interpolate
@@ -57,7 +57,7 @@ class Shapes:
 
     def size(self, group: Sequence[str]) -> int:
         """How many units there are in a layer of a group's towers."""
-        return counted_size(self.sizes[group[0]], self.cutting.axis)
+        return self.cutting.shares({}).units(self.sizes[group[0]])
 
     def ratios(self, kept: Mapping[tuple[str, ...], int]) -> dict[str, float]:
         """For each tower the ratio that leaves so many units."""

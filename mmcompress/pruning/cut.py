@@ -10,6 +10,7 @@ Shapes: U units of a group, C = U * block channels of its root.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -82,7 +83,7 @@ def couple(graph: Any, module: PreTrainedModel, group: UnitGroup) -> CoupledGrou
         for item in _pruning_group(graph, root, range(group.size)):
             target = item.dep.target
             index = torch.tensor(item.idxs)
-            unit = torch.tensor(item.root_idxs) // group.block
+            unit = group.unit_of(torch.tensor(item.root_idxs))
             for parameter, dim in _cut_parameters(target, item.dep.handler.__name__):
                 if sorted(item.idxs) != list(range(parameter.shape[dim])):
                     raise ModelError(
@@ -108,15 +109,14 @@ def _spelled_out(module: PreTrainedModel, group: UnitGroup) -> CoupledGroup:
         ModelError: a weight does not have the channels that the family says.
     """
     names = {id(p): name for name, p in module.named_parameters()}
-    units = group.size // group.block
     slices, taps = [], []
     for part in group.explicit:
-        index = torch.arange(units * part.block)
+        index = torch.arange(group.units * part.block)
         unit = index // part.block
         for parameter, dim in _explicit_parameters(part):
             if parameter.shape[dim] != len(index):
                 raise ModelError(
-                    f"prune: {names[id(parameter)]} has {parameter.shape[dim]} channels, not {units} units of {part.block}"
+                    f"prune: {names[id(parameter)]} has {parameter.shape[dim]} channels, not {group.units} units of {part.block}"
                 )
             slices.append(Slice(names[id(parameter)], parameter, dim, index, unit))
         if part.dim == 1:
@@ -169,11 +169,28 @@ def cut_units(graph: Any, group: UnitGroup, keep: Sequence[int]) -> None:
         _cut_explicit(group, keep)
         return
     kept = set(keep)
-    drop = [u * group.block + i for u in range(group.size // group.block) if u not in kept for i in range(group.block)]
+    drop = sorted(channel for u in range(group.units) if u not in kept for channel in group.channels(u))
     for root in (group.root, *group.also):
         # The graph mostly finds query and key from value; a root that it did not reach is cut by a group of its own.
         if drop and graph.get_out_channels(root) == group.size:
             _pruning_group(graph, root, drop).prune()
+    if group.strided and group.head_size is not None:
+        _narrow(group, len(kept))
+
+
+def _narrow(group: UnitGroup, size: int) -> None:
+    """Has attention give the products that it gave, where heads have become narrower.
+
+    Stock attention divides query times key by the square root of a head's size d, which goes from d to d': the query takes the
+    factor sqrt(d' / d), so that what is left is divided by sqrt(d) as before.
+    """
+    assert group.head_size is not None
+    query = cast(nn.Linear, group.also[0])
+    with torch.no_grad():
+        for parameter in (query.weight, query.bias):
+            if parameter is not None:
+                parameter.mul_((size / group.units) ** 0.5)
+    setattr(*group.head_size, size)
 
 
 def best(scores: torch.Tensor, count: int) -> list[int]:
@@ -231,13 +248,13 @@ def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, pr
         TrainingError: a score is not a number.
     """
     model.module.requires_grad_(True)
-    groups = {tower: _groups(model, tower, shares.axis) for tower in shares.towers()}
+    groups = {tower: groups_of(model, tower, shares) for tower in shares.towers()}
     graphs = {
         tower: trace(model.family, model.module, tower) if any(not g.explicit for g in own) else None
         for tower, own in groups.items()
     }
     # Once more: tracing may put parts that can be cut in the place of stock ones.
-    groups = {tower: _groups(model, tower, shares.axis) for tower in graphs}
+    groups = {tower: groups_of(model, tower, shares) for tower in graphs}
     coupled = [couple(graphs[tower], model.module, group) for tower, own in groups.items() for group in own]
     model.module.to(probe.device)
     scores = criterion.unit_scores(coupled, probe)
@@ -255,10 +272,18 @@ def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, pr
     return facts
 
 
-def _groups(model: CompressedModel, tower: str, axis: str) -> list[UnitGroup]:
-    """The groups that an axis cuts; a residual width goes with whole heads of every layer, at constant head size."""
-    heads = model.family.unit_groups(model.module, tower, "heads") if axis == "width" else []
-    return [*heads, *model.family.unit_groups(model.module, tower, axis)]
+def groups_of(model: CompressedModel, tower: str, shares: Shares) -> list[UnitGroup]:
+    """The groups that an axis cuts; a residual width goes with heads of every layer, whole ones or channels of all of them.
+
+    Raises:
+        ModelError: heads are to become narrower, and the family does not say where their size is remembered.
+    """
+    heads = model.family.unit_groups(model.module, tower, "heads") if shares.axis == "width" else []
+    if shares.narrows:
+        if any(group.explicit or group.head_size is None for group in heads):
+            raise ModelError(f"prune: heads: the family {model.family.name} cannot make heads narrower; use heads: fewer")
+        heads = [replace(group, block=group.units, strided=True) for group in heads]
+    return [*heads, *model.family.unit_groups(model.module, tower, shares.axis)]
 
 
 def _choose(
@@ -378,7 +403,7 @@ def sizes(model: CompressedModel) -> dict[str, dict[str, int | list[int]]]:
             if axis == "depth":
                 found[tower][axis] = len(model.family.layers(model.module, tower))
                 continue
-            units = [g.size // g.block for g in model.family.unit_groups(model.module, tower, axis)]
+            units = [g.units for g in model.family.unit_groups(model.module, tower, axis)]
             found[tower][axis] = units if len(set(units)) > 1 else units[0]
     return found
 

@@ -19,7 +19,7 @@ from mmcompress.data.examples import Examples
 from mmcompress.model import CompressedModel
 from mmcompress.pruning import cut
 from mmcompress.pruning.criteria.base import Criterion, Probe
-from mmcompress.pruning.units import Axis, CoupledGroup, Scope, Shares
+from mmcompress.pruning.units import Axis, CoupledGroup, Heads, Scope, Shares
 from mmcompress.training.device import pick_device
 
 
@@ -40,10 +40,11 @@ class Cutting:
     allow_custom: bool = False
     samples: int = 512
     batch_size: int = 64
+    heads: Heads = "fewer"
 
     def shares(self, ratios: Mapping[str, float]) -> Shares:
         """How much is cut where."""
-        return Shares(self.axis, ratios, self.round_to, self.scope)
+        return Shares(self.axis, ratios, self.round_to, self.scope, self.heads)
 
     def find(self) -> Criterion:
         """A new criterion of the name."""

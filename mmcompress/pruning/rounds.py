@@ -54,10 +54,9 @@ def units_of(model: CompressedModel, shares: Shares) -> dict[str, int]:
         if shares.axis == "depth":
             found[tower] = len(model.family.layers(model.module, tower))
             continue
-        groups = model.family.unit_groups(model.module, tower, shares.axis)
-        heads = model.family.unit_groups(model.module, tower, "heads") if shares.axis == "width" else []
-        block = heads[0].block if heads else groups[0].block  # a residual width goes in whole heads
-        units = [group.size // block for group in groups]
+        groups = cut.groups_of(model, tower, shares)
+        block = groups[0].block  # a residual width goes in heads, which come first
+        units = [group.size // block for group in groups if group.axis == shares.axis]
         found[tower] = sum(units) if shares.scope == "tower" else min(units)
     return found
 

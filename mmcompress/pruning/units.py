@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from mmcompress.families.base import UnitGroup
 
 Axis = Literal["ffn", "depth", "width", "heads"]
+Heads = Literal["fewer", "narrower"]
 Scope = Literal["layer", "tower"]
 Sizes = Mapping[str, Mapping[str, int]]
 
-UNIT_NAMES: Mapping[str, str] = {"ffn": "hidden units", "depth": "layers", "width": "channels", "heads": "heads"}
+UNIT_NAMES: Mapping[str, str] = {
+    "ffn": "hidden units",
+    "depth": "layers",
+    "width": "channels",
+    "heads": "heads",
+    "head size": "channels of a head",
+}
 
 
 def kept_count(size: int, ratio: float, step: int = 1) -> int:
@@ -48,23 +55,37 @@ class Shares:
     Attributes:
         axis: what is cut.
         ratios: for each tower the share of its units to cut, 0 <= r < 1; a tower that is missing stays as it is.
-        round_to: kept FFN widths are multiples of this; layers and heads go one by one.
+        round_to: kept FFN widths and sizes of narrower heads are multiples of this; layers and heads go one by one.
         scope: ``layer`` cuts the same share in every layer, ``tower`` ranks the units over all layers of a tower.
+        heads: what goes with the residual width: ``fewer`` heads of the same size, or as many ``narrower`` ones.
     """
 
     axis: Axis
     ratios: Mapping[str, float]
     round_to: int = 8
     scope: Scope = "layer"
+    heads: Heads = "fewer"
 
     @property
     def step(self) -> int:
         """What the count of kept units must be a multiple of."""
-        return self.round_to if self.axis == "ffn" else 1
+        return self.round_to if self.axis == "ffn" or self.narrows else 1
+
+    @property
+    def narrows(self) -> bool:
+        """Whether units are channels of every head."""
+        return self.axis == "width" and self.heads == "narrower"
 
     def counted(self, own: Mapping[str, int]) -> str:
-        """Which of a tower's sizes is counted: whole heads where the residual width follows them."""
-        return "heads" if self.axis == "width" and "heads" in own else self.axis
+        """Which of a tower's sizes is counted: heads where the residual width follows them, whole ones or what they are wide."""
+        if self.axis != "width" or "heads" not in own:
+            return self.axis
+        return "head size" if self.narrows else "heads"
+
+    def units(self, own: Mapping[str, int]) -> int:
+        """How many units a tower of these sizes has."""
+        counted = self.counted(own)
+        return own["width"] // own["heads"] if counted == "head size" else own[counted]
 
     def towers(self) -> list[str]:
         """The towers that are cut."""
@@ -81,11 +102,14 @@ class Shares:
             own = after.get(tower, {})
             if self.axis not in own:
                 continue
-            counted = self.counted(own)
-            old = own[counted]
-            own[counted] = self.kept(tower, old)
-            if self.axis == "width" and counted == "heads":
-                own["width"] = own["width"] // old * own["heads"]
+            counted, old = self.counted(own), self.units(own)
+            new = self.kept(tower, old)
+            if counted == "head size":
+                own["width"] = own["heads"] * new
+                continue
+            own[counted] = new
+            if counted == "heads" and self.axis == "width":
+                own["width"] = own["width"] // old * new
         return after
 
     def mistakes(self, towers: Sequence[str], sizes: Sizes) -> list[str]:
@@ -98,7 +122,7 @@ class Shares:
                 found.append(f"axis: {self.axis} cannot be cut in the {tower} tower; it has: {', '.join(sizes[tower])}")
                 continue
             counted = self.counted(sizes[tower])
-            found.extend(self._rounding(tower, sizes[tower][counted], UNIT_NAMES[counted]))
+            found.extend(self._rounding(tower, self.units(sizes[tower]), UNIT_NAMES[counted]))
         return found
 
     def _rounding(self, tower: str, size: int, what: str) -> list[str]:
@@ -179,4 +203,4 @@ class CoupledGroup:
     @property
     def units(self) -> int:
         """U: how many units there are."""
-        return self.group.size // self.group.block
+        return self.group.units

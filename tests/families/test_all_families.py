@@ -183,6 +183,22 @@ def test_prune_on_every_axis_named(name: str, axis: str, tmp_path: Path) -> None
             same_outputs(pruned, load(tmp_path / "-".join(tower)))
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if "width" in made(name).family.stock_axes])
+def test_width_with_narrower_heads(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    family = model.family
+    before = family.config_sizes(model.module.config)
+    towers = [t for t in family.towers if "width" in family.tower_axes(t)]
+    for tower in [family.cut_together("width")] if family.cut_together("width") else [(t,) for t in towers]:
+        step = passes.Prune(axis="width", heads="narrower", ratio=dict.fromkeys(tower, 0.5), round_to=1)
+        pruned = step.apply(model)
+        after = family.config_sizes(pruned.module.config)
+        assert after == step.plan(before)
+        assert all(after[t].get("heads") == before[t].get("heads") for t in tower)
+        assert all(after[t]["width"] == before[t]["width"] // 2 for t in tower)
+        check_stock(pruned, tmp_path / "-".join(tower))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_prune_by_data(name: str, tmp_path: Path) -> None:
     model = made(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -88,6 +91,57 @@ def test_cutting_units_that_give_nothing_changes_nothing() -> None:
     assert model.module.vision_model.encoder.layers[2].mlp.fc1.weight.shape == (66, 48)
     assert model.module.vision_model.encoder.layers[2].self_attn.k_proj.weight.shape == (32, 48)
     torch.testing.assert_close(embeds(model)["vision"], before["vision"], rtol=1e-5, atol=1e-5)
+
+
+def test_narrower_heads_give_what_they_gave_without_the_channels_that_gave_nothing() -> None:
+    model = full(tiny.clip())
+    with torch.no_grad():
+        for layer in model.module.vision_model.encoder.layers:
+            at = layer.self_attn  # 3 heads of 16: of each the channels 5 to 12 match nothing and are not read
+            for channels in (slice(5, 13), slice(21, 29), slice(37, 45)):
+                at.k_proj.weight[channels] = 0
+                at.k_proj.bias[channels] = 0
+                at.out_proj.weight[:, channels] = 0
+    before = embeds(model)
+    shares = Shares("width", {"vision": 0.5}, heads="narrower")
+    heads = [group for group in cut.groups_of(model, "vision", shares) if group.axis == "heads"]
+    assert [(group.units, list(group.channels(5))) for group in heads] == [(16, [5, 21, 37])] * 3
+    graph = cut.trace(model.family, model.module, "vision")
+    for group in heads:
+        cut.cut_units(graph, group, [u for u in range(16) if not 5 <= u < 13])
+    for layer in model.module.vision_model.encoder.layers:
+        assert layer.self_attn.v_proj.weight.shape == (24, 48)
+        assert (layer.self_attn.num_heads, layer.self_attn.head_dim) == (3, 8)
+        layer.self_attn.scale = 8**-0.5  # as a stock module of this size has it, which `rebuild` makes
+    torch.testing.assert_close(embeds(model)["vision"], before["vision"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_unit_of_narrower_heads_is_scored_by_its_channels_in_all_heads() -> None:
+    model = full(tiny.clip())
+    graph = cut.trace(model.family, model.module, "vision")
+    heads = cut.groups_of(model, "vision", Shares("width", {"vision": 0.5}, heads="narrower"))[0]
+    by_hand = torch.zeros(16, dtype=torch.float64)
+    at = heads.head_size[0] if heads.head_size is not None else None
+    for name in ("q_proj", "k_proj", "v_proj"):
+        part = at.get_submodule(name)  # type: ignore[union-attr] # an attention has them
+        for values in (part.weight, part.bias):
+            by_hand += values.double().reshape(3, 16, -1).square().sum((0, 2))
+    by_hand += at.out_proj.weight.double().reshape(48, 3, 16).square().sum((0, 1))  # type: ignore[union-attr] # the same
+    couplings = cut.couple(graph, model.module, heads)
+    found = sum((s.per_unit(s.parameter.square(), couplings.units) for s in couplings.slices), torch.zeros(()))
+    torch.testing.assert_close(found, by_hand)
+
+
+def test_a_family_that_does_not_say_how_wide_heads_are_cannot_narrow_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = full(tiny.clip())
+    plain = type(model.family).unit_groups
+
+    def silent(family: Any, module: Any, tower: str, axis: str) -> list[UnitGroup]:
+        return [replace(group, head_size=None) for group in plain(family, module, tower, axis)]
+
+    monkeypatch.setattr(type(model.family), "unit_groups", silent)
+    with pytest.raises(ModelError, match="the family clip cannot make heads narrower; use heads: fewer"):
+        cut.groups_of(model, "vision", Shares("width", {"vision": 0.5}, heads="narrower"))
 
 
 def test_a_root_that_the_graph_does_not_reach_is_cut_too() -> None:

@@ -48,6 +48,9 @@ def test_plan_by_hand() -> None:
     assert Shares("depth", {"text": 0.5}).plan(SIZES)["text"]["depth"] == 1
     assert Shares("width", {"vision": 1 / 3}).plan(SIZES)["vision"] == {"ffn": 96, "depth": 3, "width": 32, "heads": 2}
     assert Shares("heads", {"vision": 1 / 3}).plan(SIZES)["vision"] == {"ffn": 96, "depth": 3, "width": 48, "heads": 2}
+    narrower = Shares("width", {"vision": 0.5}, heads="narrower")
+    assert narrower.plan(SIZES)["vision"] == {"ffn": 96, "depth": 3, "width": 24, "heads": 3}
+    assert (narrower.units(SIZES["vision"]), narrower.step) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,10 @@ def test_plan_by_hand() -> None:
         (Shares("depth", {"text": 0.9}), "2 layers, would leave none"),
         (Shares("width", {"text": 0.9}), "2 heads, would leave none"),
         (Shares("heads", {"text": 0.1}), "2 heads, would cut nothing; raise the ratio"),
+        (
+            Shares("width", {"text": 0.1}, heads="narrower"),
+            "16 channels of a head, kept in multiples of 8, would cut nothing; raise the ratio or lower round_to",
+        ),
     ],
 )
 def test_mistakes_say_what_to_do(shares: Shares, said: str) -> None:

@@ -115,11 +115,11 @@ class UnitGroup:
         root: the module whose output channels are the units; Torch-Pruning finds what is coupled to it.
         size: how many output channels the root has.
         block: channels that stand or fall together (a head's size), 1 for single neurons.
-        strided: whether a unit's channels lie ``size / block`` apart (one of every head) and not side by side.
         also: further modules whose output channels are cut at the same indices (query first, then key).
         head_size: where the module remembers the size of a head, for ``heads``: an object and its attribute.
         explicit: all weights that are cut, ``root``'s among them, where Torch-Pruning's graph cannot follow (grouped queries).
             Left empty, the graph finds them.
+        strided: whether a unit's channels lie ``size / block`` apart (one of every head) and not side by side.
     """
 
     tower: str
@@ -129,8 +129,8 @@ class UnitGroup:
     size: int
     block: int = 1
     also: tuple[nn.Module, ...] = ()
-    explicit: tuple[Coupled, ...] = ()
     head_size: tuple[nn.Module, str] | None = None
+    explicit: tuple[Coupled, ...] = ()
     strided: bool = False
 
     @property

@@ -172,6 +172,7 @@ def test_a_custom_model_can_be_cut_on(ready: CompressedModel, tmp_path: Path) ->
         ({"ratio": float("nan")}, "finite|less than 1|greater"),
         ({"ratio": 0.5, "criterion": "tailor"}, "did you mean 'taylor'"),
         ({"ratio": 0.5, "axis": "depth", "scope": "tower"}, "leave scope out"),
+        ({"ratio": 0.5, "heads": "narrower"}, "heads: narrower is for axis: width; with axis: ffn leave it out"),
         ({"ratio": 0.5, "samples": 4}, "greater than or equal to 8"),
         ({"ratio": 0.5, "rate": 1}, "Extra inputs"),
     ],

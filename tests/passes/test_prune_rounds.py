@@ -58,6 +58,7 @@ def test_layers_go_one_by_one_and_keep_their_old_numbers(ready: CompressedModel)
     "settings",
     [
         {"axis": "width", "ratio": {"vision": 0.67}},
+        {"axis": "width", "ratio": {"vision": 0.75}, "heads": "narrower", "round_to": 2},
         {"ratio": 0.75, "scope": "tower", "allow_custom": True, "criterion": "random"},
     ],
 )

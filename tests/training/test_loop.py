@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from mmcompress.model import CompressedModel
 from mmcompress.progress import Reporter
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from mmcompress.training import feed as feeds
+from mmcompress.training import loop
 from mmcompress.training.autocast import Float32Attention, computing
 from mmcompress.training.feed import Feed
 from mmcompress.training.loop import train
+from mmcompress.training.memory import looked_up_rows
 from mmcompress.training.objective import Objective, TaskObjective
 from mmcompress.training.schedule import count_steps, parameter_groups, rate_share
 from mmcompress.training.settings import TrainingSettings
@@ -52,6 +55,16 @@ def run(model: CompressedModel, where: Context | None = None, **changes: Any) ->
 def same(a: nn.Module, b: nn.Module) -> bool:
     theirs = b.state_dict()
     return all(torch.equal(v, theirs[k]) for k, v in a.state_dict().items())
+
+
+def test_sparse_gradients_of_embeddings_train_the_same(model: CompressedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = run(model, max_steps=3)
+    monkeypatch.setattr(loop, "looked_up_rows", partial(looked_up_rows, least_bytes=0))
+    lean, facts = run(model, max_steps=3)
+    assert facts["steps"] == 3
+    assert not same(lean.module, model.module)
+    for name, values in plain.module.state_dict().items():
+        torch.testing.assert_close(lean.module.state_dict()[name], values, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -32,7 +32,7 @@ before = psutil.Process().memory_info().rss
 blocks, small = [], []
 for _ in range(80):
     blocks.append(torch.ones(500_000))
-    small.append(torch.ones(1_000))
+    small.append(torch.ones(20_000))  # too large for holes elsewhere: they keep what lies below them
 blocks.clear()
 print(psutil.Process().memory_info().rss - before)
 """
@@ -50,7 +50,7 @@ def left(large_bytes: int, **said: str) -> tuple[str, int]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_large_model_s_blocks_go_back_and_a_small_one_s_need_not() -> None:
     assert left(10**9)[0] == "False"
-    assert left(10**9)[1] > 30e6  # what this is about: 42 to 138 MB were seen
+    assert left(10**9)[1] > 100e6  # what this is about
     answer, held = left(0)
     assert answer == "True"
     assert held < 20e6

@@ -53,6 +53,7 @@ from mmcompress.tasks.base import ANSWER_LOSSES, DUAL_ENCODER_LOSSES, Scores, Ta
 from mmcompress.training.device import pick_precision
 from mmcompress.training.forward import Forward
 from mmcompress.training.objective import TaskObjective, distillation
+from mmcompress.training.pieces import Pieces
 
 VARIANTS = ("whole", "cut")
 PRECISIONS = ("fp32", "int8")
@@ -175,11 +176,11 @@ class RandomPairs(RandomInputs):
 
 
 def activations(name: str, work: Path, what: str) -> dict[str, Any]:
-    """What the activations of one batch need: the most that is held at once in the forward pass of its loss.
+    """What the activations of one batch need: the most that is held at once in the forward and backward pass of its loss.
 
-    Counted in allocations at two batch sizes: what does not grow with the batch (weights in bf16 under autocast) is none, and
-    gradients do not count at all. The loss is part of it: logits over a vocabulary with their softmax, and in distilling the
-    teacher's.
+    Counted in allocations, with the gradients there already, at two batch sizes: what does not grow with the batch (weights in
+    bf16 under autocast, the gradient of one layer on its way to the others) is no activation. The loss is part of it: logits over
+    a vocabulary with their softmax, and in distilling the teacher's.
     """
     model, cpu = opened(name, work / "whole"), torch.device("cpu")
     model.processor = Blank(None, family=model.family, config=model.module.config)
@@ -189,18 +190,18 @@ def activations(name: str, work: Path, what: str) -> dict[str, Any]:
     objective = distillation(settings, model, context, what) if isinstance(settings, mm.passes.Distill) else TaskObjective(task)
     precision = pick_precision("auto", cpu)
     objective.start(cpu, precision)
-    forward = Forward(model.family, model.module, cpu, precision, objective.needs)
+    pieces = Pieces(Forward(model.family, model.module, cpu, precision, objective.needs), objective, None)
+    for parameter in [*model.module.parameters(), *objective.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
 
     def most(count: int, index: int) -> int:
         batch = random_batch(model.family, model.module.config, count, index)
         # Indices of their own, or the teacher would remember its answers.
         batch["index"] = torch.arange(index, index + count)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-            parts = objective(forward(batch), batch)
-            total = torch.stack(list(parts.values())).sum()
+            pieces(batch, 0, backward=True)
         events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
         held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-        assert total.requires_grad  # kept until here, and what its backward pass needs with it
         return int(held.max())
 
     size_ = batch_size_of(name)

@@ -25,7 +25,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def media(self: Processor, kind: str, items: list[Image.Image]) -> list[dict[str, object]]:
         found.append(len(items))
-        return stock(self, kind, items)  # type: ignore[return-value]
+        return stock(self, kind, items)  # type: ignore[return-value] # its tensors are passed on as they are
 
     monkeypatch.setattr(Processor, "media", media)
     return found

@@ -157,7 +157,7 @@ def test_is_a_sequence() -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"unknown split 'dev'.*train, validation, test"):
-        Shapes("dev", 1)  # type: ignore[arg-type]
+        Shapes("dev", 1)  # type: ignore[arg-type] # the mistake that is tried
     with pytest.raises(ValueError, match="at least 1, found 0"):
         Shapes("train", 0)
 

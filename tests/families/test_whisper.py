@@ -77,8 +77,8 @@ def stock(model: CompressedModel, heard: torch.Tensor, new: int, **settings: Any
     """What stock `generate` writes, without start, end and padding."""
     module: Any = model.module
     made = module.generate(input_features=heard, do_sample=False, num_beams=1, max_new_tokens=new, **settings)
-    end = model.processor.generation.eos_token_id  # type: ignore[union-attr]
-    pad = model.processor.generation.pad_token_id  # type: ignore[union-attr]
+    end = model.processor.generation.eos_token_id  # type: ignore[union-attr] # a Whisper has it
+    pad = model.processor.generation.pad_token_id  # type: ignore[union-attr] # a Whisper has it
     rows = []
     for row in made.tolist():
         row = row[: row.index(end)] if end in row else row

@@ -146,17 +146,29 @@ def family_of(config: PretrainedConfig, where: str) -> Family:
     Raises:
         ModelError: none does.
     """
-    families: list[Family] = [registry.find("families", name).FAMILY for name in registry.names("families")]
-    for family in families:
-        if config.model_type in family.model_types:
+    types: list[str] = []
+    for name in registry.names("families"):
+        own = _model_types(name)
+        if config.model_type in own:
+            family: Family = registry.find("families", name).FAMILY
             return family.of(config)
-    types = sorted(t for f in families for t in f.model_types)
+        types += own
     made = ", ".join(getattr(config, "architectures", None) or []) or "no architectures named"
     raise ModelError(
         f"model {where}: "
-        + one_of("model_type", str(config.model_type), types)
+        + one_of("model_type", str(config.model_type), sorted(types))
         + f'; its config.json says {made}. docs/how-to.md, "Add a model family", tells how to write one'
     )
+
+
+def _model_types(family: str) -> tuple[str, ...]:
+    """What a family handles. Where its file says so, it is not imported, nor is the model's code in transformers with it."""
+    try:
+        stated: tuple[str, ...] = registry.stated("families", family, "model_types", ())
+    except ValueError:  # no literal
+        stated = ()
+    found: tuple[str, ...] = stated or registry.find("families", family).FAMILY.model_types
+    return found
 
 
 def raise_unless_damage(e: BaseException) -> None:

@@ -169,3 +169,13 @@ def test_help_and_import_load_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert "run" in call("--help").stdout
+
+
+def test_only_the_code_of_the_model_at_hand_is_loaded() -> None:
+    code = (
+        "import sys; from transformers import CLIPConfig; from mmcompress.config import family_of\n"
+        "family = family_of(CLIPConfig(), 'here')\n"
+        "print(family.name, *(f'transformers.models.{m}.modeling_{m}' in sys.modules for m in ('clip', 'blip')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["clip", "True", "False"]

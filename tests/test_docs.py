@@ -19,6 +19,7 @@ from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
 import mmcompress as mm
 from mmcompress import registry
+from mmcompress.config import family_of
 from mmcompress.recipe import make_recipe, recipe_model
 from tests import tiny
 
@@ -117,6 +118,14 @@ def test_the_entry_points_are_those_of_the_text() -> None:
     told = "\n".join(blocks(ROOT / "docs" / "how-to.md", "toml"))
     for kind, name in ADDED.items():
         assert f'[project.entry-points."mmcompress.{kind}"]\n{name.replace("_", "-")} = "mypackage.{name}"' in told
+
+
+def test_an_added_family_may_work_out_what_it_handles(added: Path) -> None:
+    file = added / "mypackage" / "chinese_clip.py"
+    told = 'model_types = ("chinese_clip",)'
+    assert told in file.read_text()
+    file.write_text(file.read_text().replace(told, 'model_types = ("_".join(["chinese", "clip"]),)'))
+    assert family_of(ChineseCLIPConfig(), "here").name == "chinese-clip"
 
 
 def test_what_is_added_is_listed(added: Path) -> None:

@@ -24,7 +24,7 @@ from mmcompress.training.augment_settings import OF_IMAGES, OF_SOUNDS
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
 from mmcompress.training.holdout import Watch, hold_out
-from mmcompress.training.memory import give_back_blocks, looked_up_rows
+from mmcompress.training.memory import give_back_blocks, lean_gradients
 from mmcompress.training.objective import Objective
 from mmcompress.training.schedule import count_steps
 from mmcompress.training.settings import TrainingSettings
@@ -77,7 +77,7 @@ def train(
     began = time.perf_counter()
     # For the whole training: checkpointing runs layers again in the backward pass, and they must do the same.
     eager = eager_attention(model.module) if "attentions" in objective.needs else nullcontext()
-    rows = looked_up_rows(model.module, device)
+    rows = lean_gradients(model.module, device)
     with _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what), eager, rows:
         objective.start(device, precision)
         parallel.copy_main([*model.module.parameters(), *model.module.buffers(), *objective.parameters()])

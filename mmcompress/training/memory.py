@@ -3,7 +3,8 @@
 The gradient of an embedding is a table of its size for the few rows that were looked up, 154 MB of a CLAP's 614 MB of weights,
 and there while activations still are. Here it is the rows alone until the backward pass is over. Where the output layer is tied
 to the embedding, autograd holds the gradient three times for a moment: the layer's own, the table, and their sum (318 MB of a
-Whisper base's 290 MB of weights). Here the rows are added to the layer's.
+Whisper base's 290 MB of weights). Here the rows are added to the layer's, which itself waits for the end of the backward pass
+where the tokens are so few that what it is the product of is smaller: 3 MB of 106 for 16 tokens.
 
 glibc's malloc raises the size from which blocks come from the kernel, and go back there, up to 32 MB. Activations below that are
 then carved out of one heap, where each layer's leave holes that the next ones do not fit into: fine-tuning a Whisper base held
@@ -16,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -48,30 +49,38 @@ def give_back_blocks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def looked_up_rows(module: nn.Module, device: torch.device, least_bytes: int = BLOCK_BYTES) -> Iterator[None]:
-    """In the block, the gradients of large embeddings are the rows that were looked up, and no table.
+def lean_gradients(module: nn.Module, device: torch.device, least_bytes: int = BLOCK_BYTES) -> Iterator[None]:
+    """In the block, large embeddings and output layers tied to them have their gradients made with less memory.
 
-    An embedding of its own has a sparse ``weight.grad`` after the backward pass, which `fill_tables` makes dense. One that shares
-    its weight with another layer adds its rows to that layer's gradient: to ``weight.grad``, not to what ``torch.autograd.grad``
-    gives for the weight. Either is the same as without but for the order of sums. Does nothing on devices without sparse
-    gradients.
+    An embedding of its own has a sparse ``weight.grad`` after the backward pass, of the rows that were looked up, which
+    `fill_tables` makes dense. One that shares its weight with another layer adds its rows to that layer's gradient. A linear
+    layer that shares an embedding's weight has its gradient at the end of the backward pass where its input and the gradient of
+    its output take less memory than the weight. These add to ``weight.grad``, not to what ``torch.autograd.grad`` gives for the
+    weight. All are the same as without but for rounding. Does nothing on devices without sparse gradients.
 
     Args:
         least_bytes: of an embedding's weight.
     """
     large = _embeddings(module, least_bytes) if device.type in ("cpu", "cuda") else {}
-    for embedding, tied in large.items():
-        if tied:
-            embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign] # the module keeps its class and hooks
-        else:
+    changed: list[nn.Module] = []
+    for embedding, others in large.items():
+        if not others:
             embedding.sparse = True
+            continue
+        later = _Later(embedding.weight)
+        embedding.forward = partial(_look_up, embedding, later)  # type: ignore[method-assign] # the module keeps its class and hooks
+        changed.append(embedding)
+        for layer in others:
+            if type(layer) is nn.Linear:
+                layer.forward = partial(_project, layer, later)  # type: ignore[method-assign] # as above
+                changed.append(layer)
     try:
         yield
     finally:
-        for embedding, tied in large.items():
-            if tied:
-                del embedding.forward
-            else:
+        for layer in changed:
+            del layer.forward
+        for embedding, others in large.items():
+            if not others:
                 embedding.sparse = False
 
 
@@ -91,30 +100,71 @@ def users(module: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return found
 
 
-def _embeddings(module: nn.Module, least_bytes: int) -> dict[nn.Embedding, bool]:
-    """Embeddings whose gradients may be sparse, and whether they are tied to other layers."""
-    found: dict[nn.Embedding, bool] = {}
+def _embeddings(module: nn.Module, least_bytes: int) -> dict[nn.Embedding, list[nn.Module]]:
+    """Embeddings whose gradients may be sparse, and the other layers that their weight is tied to."""
+    found: dict[nn.Embedding, list[nn.Module]] = {}
     for weight, parts in users(module).items():
         for part in parts:
             plain = isinstance(part, nn.Embedding) and not (part.max_norm or part.scale_grad_by_freq or part.sparse)
             if plain and type(part) is nn.Embedding and weight.nbytes >= least_bytes:
-                found[part] = len(parts) > 1
+                found[part] = [other for other in parts if other is not part]
     return found
 
 
-def _look_up(embedding: nn.Embedding, input: torch.Tensor) -> torch.Tensor:  # the name that nn.Embedding gives it
+class _Later:
+    """What is added to a weight's gradient at the end of the backward pass that is under way.
+
+    Attributes:
+        terms: each adds its own to the gradient that it is given.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.terms: list[Callable[[torch.Tensor], object]] = []
+
+    def wait(self, term: Callable[[torch.Tensor], object]) -> None:
+        """Called in a backward pass."""
+        if not self.terms:
+            torch.autograd.Variable._execution_engine.queue_callback(self._add)
+        self.terms.append(term)
+
+    def _add(self) -> None:
+        terms, self.terms = self.terms, []
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        with torch.no_grad():
+            for term in terms:
+                term(self.weight.grad)
+
+
+def _look_up(embedding: nn.Embedding, later: _Later, input: torch.Tensor) -> torch.Tensor:  # the name that nn.Embedding gives it
     weight = embedding.weight
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return F.embedding(input, weight, embedding.padding_idx)
     rows = weight.detach().requires_grad_()
-    rows.register_post_accumulate_grad_hook(partial(_add_rows, weight))
+    rows.register_post_accumulate_grad_hook(partial(_add_rows, later))
     return F.embedding(input, rows, embedding.padding_idx, sparse=True)
 
 
-def _add_rows(weight: torch.Tensor, rows: torch.Tensor) -> None:
+def _add_rows(later: _Later, rows: torch.Tensor) -> None:
     found, rows.grad = rows.grad, None
     assert found is not None  # called after it was made
-    if weight.grad is None:
-        weight.grad = found.to_dense()
+    if later.weight.grad is None:
+        later.wait(lambda gradient: gradient.add_(found))
     else:
-        weight.grad.add_(found)
+        later.weight.grad.add_(found)
+
+
+def _project(layer: nn.Linear, later: _Later, input: torch.Tensor) -> torch.Tensor:  # the name that nn.Linear gives it
+    weight, trained = layer.weight, layer.weight.requires_grad and torch.is_grad_enabled() and input.requires_grad
+    if not trained or input.numel() // input.shape[-1] * sum(weight.shape) >= weight.numel():
+        return F.linear(input, weight, layer.bias)
+    given = input.detach().flatten(0, -2)
+
+    def wait(gradient: torch.Tensor) -> None:
+        own = gradient.detach().flatten(0, -2)
+        later.wait(lambda total: total.addmm_(own.T.to(total.dtype), given.to(total.dtype)))
+
+    found = F.linear(input, weight.detach(), layer.bias)
+    found.register_hook(wait)
+    return found

@@ -26,7 +26,7 @@ from mmcompress.training import loop
 from mmcompress.training.autocast import Float32Attention, computing
 from mmcompress.training.feed import Feed
 from mmcompress.training.loop import train
-from mmcompress.training.memory import looked_up_rows
+from mmcompress.training.memory import lean_gradients
 from mmcompress.training.objective import Objective, TaskObjective
 from mmcompress.training.schedule import count_steps, parameter_groups, rate_share
 from mmcompress.training.settings import TrainingSettings
@@ -59,7 +59,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_sparse_gradients_of_embeddings_train_the_same(model: CompressedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = run(model, max_steps=3)
-    monkeypatch.setattr(loop, "looked_up_rows", partial(looked_up_rows, least_bytes=0))
+    monkeypatch.setattr(loop, "lean_gradients", partial(lean_gradients, least_bytes=0))
     lean, facts = run(model, max_steps=3)
     assert facts["steps"] == 3
     assert not same(lean.module, model.module)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcompress.training.memory import fill_tables, looked_up_rows
+from mmcompress.training.memory import fill_tables, lean_gradients
 
 CPU = torch.device("cpu")
 SCRIPT = """
@@ -83,9 +83,13 @@ class Tied(nn.Module):
         return hidden.square().sum() if self.bare else self.out(hidden).logsumexp(-1).square().sum()
 
 
-def allocated(model: Tied, passes: int) -> int:
+FEW = torch.tensor([[3, 1, 3], [49, 3, 1]])
+"""So few that input and logits are smaller than the table."""
+MANY = torch.tensor([[3, 1, 3, 7], [49, 3, 1, 8]])
+
+
+def allocated(model: Tied, passes: int, ids: torch.Tensor = FEW) -> int:
     """How many tables as large as the embedding the backward passes make."""
-    ids = torch.tensor([[3, 1, 3], [49, 3, 1]])  # few, so that the logits are smaller than the table
     table = model.embed.weight.nbytes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
         for _ in range(passes):
@@ -98,12 +102,13 @@ def allocated(model: Tied, passes: int) -> int:
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("passes", [1, 3])
-def test_gradients_of_embeddings_are_those_of_autograd(bare: bool, again: bool, passes: int) -> None:
+@pytest.mark.parametrize("ids", [FEW, MANY])
+def test_gradients_are_those_of_autograd(bare: bool, again: bool, passes: int, ids: torch.Tensor) -> None:
     plain, lean = Tied(bare), Tied(bare)
     lean.again = again
-    allocated(plain, passes)
-    with looked_up_rows(lean, CPU, 0):
-        allocated(lean, passes)
+    allocated(plain, passes, ids)
+    with lean_gradients(lean, CPU, 0):
+        allocated(lean, passes, ids)
     fill_tables(lean.parameters())
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
@@ -111,20 +116,41 @@ def test_gradients_of_embeddings_are_those_of_autograd(bare: bool, again: bool, 
         torch.testing.assert_close(found, parameter.grad)
         assert found is not None
         assert found.layout is torch.strided
-    assert "forward" not in vars(lean.embed)
+    assert "forward" not in {**vars(lean.embed), **vars(lean.out)}
     assert not lean.places.sparse
 
 
 def test_a_tied_gradient_is_held_once() -> None:
     assert allocated(Tied(), 1) == 3  # what this is about: the layer's, the rows in a table, their sum
     lean = Tied()
-    with looked_up_rows(lean, CPU, 0):
+    with lean_gradients(lean, CPU, 0):
         assert allocated(lean, 1) == 1
+
+
+@pytest.mark.parametrize(("ids", "there"), [(FEW, False), (MANY, True)])
+def test_a_table_that_is_the_product_of_less_waits_for_the_end(ids: torch.Tensor, there: bool) -> None:
+    lean, found = Tied(), []
+    lean.places.register_full_backward_hook(lambda *_: found.append(lean.embed.weight.grad is not None))
+    with lean_gradients(lean, CPU, 0):
+        lean(ids).backward()
+    assert found == [there]
+    assert lean.embed.weight.grad is not None
+
+
+def test_gradients_under_autocast_are_close_to_those_of_autograd() -> None:
+    plain, lean = Tied(), Tied()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(FEW).backward()
+        with lean_gradients(lean, CPU, 0):
+            lean(FEW).backward()
+    for name, parameter in plain.named_parameters():
+        fill_tables(lean.parameters())
+        torch.testing.assert_close(lean.get_parameter(name).grad, parameter.grad, atol=0.05, rtol=0.02)
 
 
 def test_until_the_backward_pass_is_over_there_are_rows_and_no_table() -> None:
     lean = Tied()
-    with looked_up_rows(lean, CPU, 0):
+    with lean_gradients(lean, CPU, 0):
         lean(torch.tensor([[2, 3], [3, 2]])).backward()
     found = lean.places.weight.grad
     assert found is not None
@@ -135,7 +161,7 @@ def test_until_the_backward_pass_is_over_there_are_rows_and_no_table() -> None:
 def test_frozen_and_small_embeddings_are_left_alone() -> None:
     lean = Tied()
     lean.embed.weight.requires_grad_(False)
-    with looked_up_rows(lean, CPU, lean.embed.weight.nbytes):
+    with lean_gradients(lean, CPU, lean.embed.weight.nbytes):
         lean(torch.tensor([[2, 3]])).backward()
     assert lean.embed.weight.grad is None
     assert lean.places.weight.grad is not None

@@ -32,9 +32,8 @@ def calibration_batches(
         rows = prepared_rows(examples, indices, media)
         batch = {k: v.numpy() for k, v in task.collate(rows, model.processor, examples, draw).items()}
         for name, given in model.family.walk(predict, batch, model.module):
-            if name == component:
+            if name == component:  # a decoder comes twice: what follows a short prompt is in the second
                 yield given
-                break
 
 
 def judged(

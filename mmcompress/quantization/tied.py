@@ -2,13 +2,15 @@
 
 A float export holds such a table once, but integers for MatMulNBits and for a lookup lie apart, if each is quantized by itself:
 then half of a small decoder is there twice. Here lookups read rows of the very digits that MatMulNBits multiplies by, with
-standard operators. (GatherBlockQuantized does the same in one, but OpenVINO does not know its form with packed digits; and that
-is why digits of 4 bits, two in a byte, are not shared.)
+standard operators. (GatherBlockQuantized does the same in one, but OpenVINO does not know its form with packed digits.)
 
-Shapes: V rows of the table, outputs of the layer; D its width, inputs of the layer; J blocks of B inputs.
+Shapes: V rows of the table, outputs of the layer; D its width, inputs of the layer; J blocks of B inputs; I are those of the ids.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +18,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from mmcompress.quantization import onnx_graph
-from mmcompress.quantization.blocks import Grid, fitting, nearest_grid, packed, replace_weights
+from mmcompress.quantization.blocks import Bits, Grid, fitting, nearest_grid, packed, replace_weights
 
 
 def share_tied(
-    model: onnx.ModelProto, layers: set[str], block_size: int, patterns: tuple[Sequence[str], Sequence[str]]
+    model: onnx.ModelProto, layers: set[str], bits: Bits, block_size: int, patterns: tuple[Sequence[str], Sequence[str]]
 ) -> tuple[tuple[str, ...], set[str]]:
-    """Quantizes tables together with the layers whose weight they are to 8 bits, in place. They are rounded to the nearest.
+    """Quantizes tables together with the layers whose weight they are, in place. They are rounded to the nearest.
 
     Args:
         layers: the names of the MatMul nodes that may be quantized.
@@ -42,12 +44,12 @@ def share_tied(
     shared: dict[str, str] = {}
     for table in tables:
         width = int(held[table].dims[1])
-        size = fitting(width, block_size, 8)
+        size = fitting(width, block_size, bits)
         weight = next((name for name in readers if _same(held[table], held[name])), None)
         if weight is None or weight in found or width % size:  # a lookup would have the last block's filling in its rows
             continue
         values = numpy_helper.to_array(held[weight])
-        grid = nearest_grid(values, 8, size)
+        grid = nearest_grid(values, bits, size)
         found[weight], shared[table] = (grid.digits(values), grid), weight
     meant = {name for weight in found for name in readers[weight]}
     replace_weights(model, found, meant)
@@ -66,26 +68,77 @@ def _same(table: onnx.TensorProto, weight: onnx.TensorProto) -> bool:
 def _look_up(
     model: onnx.ModelProto, weight: str, digits: tuple[NDArray[np.uint8], Grid], nodes: Sequence[onnx.NodeProto]
 ) -> None:
-    """Has lookups read a weight's digits (V, J, B) and scales (V, J): only the rows that are asked for are converted."""
-    numbers, scales = (f"{weight}_{name}" for name in packed(*digits))
-    constants = {"zero": np.float32(128), "last": np.array([-1]), "width": np.array([digits[0].shape[0]])}
-    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), f"{numbers}_{k}") for k, v in constants.items())
-    zero, last, width = (f"{numbers}_{name}" for name in constants)
+    """Has lookups read a weight's digits and scales (V, J): only the rows that are asked for are converted."""
     for node in nodes:
-        ids, output, stem = node.input[1], node.output[0], node.name
-        steps: list[tuple[str, list[str], str, Mapping[str, int]]] = [
-            ("Gather", [numbers, ids], "digits", {}),
-            ("Cast", [f"{output}_digits"], "cast", {"to": onnx.TensorProto.FLOAT}),
-            ("Sub", [f"{output}_cast", zero], "centred", {}),
-            ("Gather", [scales, ids], "scales", {}),
-            ("Unsqueeze", [f"{output}_scales", last], "spread", {}),
-            ("Mul", [f"{output}_centred", f"{output}_spread"], "blocks", {}),
-            ("Shape", [ids], "ids_shape", {}),
-            ("Concat", [f"{output}_ids_shape", width], "shape", {"axis": 0}),
-        ]
-        made = [helper.make_node(op, given, [f"{output}_{end}"], f"{stem}_{end}", **more) for op, given, end, more in steps]
-        made.append(helper.make_node("Reshape", [f"{output}_blocks", f"{output}_shape"], [output], f"{stem}_rows"))
-        position = next(i for i, other in enumerate(model.graph.node) if other.output[0] == output)
+        steps = _Steps(model, node)
+        steps.rows(weight, *digits)
+        position = next(i for i, other in enumerate(model.graph.node) if other.output[0] == node.output[0])
         del model.graph.node[position]
-        for offset, new in enumerate(made):
+        for offset, new in enumerate(steps.made):
             model.graph.node.insert(position + offset, new)
+
+
+class _Steps:
+    """The nodes that a lookup becomes.
+
+    Attributes:
+        made: so far, in order.
+    """
+
+    def __init__(self, model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+        self.model, self.ids, self.output, self.stem = model, node.input[1], node.output[0], node.name
+        self.made: list[onnx.NodeProto] = []
+
+    def rows(self, weight: str, digits: NDArray[np.uint8], grid: Grid) -> None:
+        """(I, D), what the digits stand for."""
+        names = {name: f"{weight}_{name}" for name in packed(digits, grid)}
+        blocks, size = grid.scales.shape[0], grid.block_size
+        if grid.bits == 8:
+            numbers = self.float(self.add("Gather", [names["Q8"], self.ids], "digits"), "digits")
+            zero = self.constant("zero", np.float32(128))
+        else:
+            numbers = self.halves(names["Q4"], "digits", [blocks, size])
+            zeros = self.halves(names["zero_points"], "zeros", [blocks + blocks % 2])
+            if blocks % 2:
+                bounds = [
+                    self.constant(f"zeros_{end}", np.array([at])) for end, at in (("from", 0), ("to", blocks), ("axis", -1))
+                ]
+                zeros = self.add("Slice", [zeros, *bounds], "zeros_there")
+            zero = self.add("Unsqueeze", [zeros, self.constant("last", np.array([-1]))], "zeros_spread")
+        centred = self.add("Sub", [numbers, zero], "centred")
+        scales = self.add("Gather", [names["scales"], self.ids], "scales")
+        spread = self.add("Unsqueeze", [scales, self.constant("last", np.array([-1]))], "spread")
+        self.reshaped(self.add("Mul", [centred, spread], "blocks"), "rows", [len(digits)], self.output)
+
+    def halves(self, packed_: str, name: str, shape: list[int]) -> str:
+        """(I, *shape): of every byte of the rows that are looked up first the lower half, then the upper one."""
+        both = self.float(self.add("Gather", [packed_, self.ids], f"{name}_bytes"), f"{name}_bytes")
+        sixteen = self.constant("sixteen", np.float32(16))
+        upper = self.add("Floor", [self.add("Div", [both, sixteen], f"{name}_shifted")], f"{name}_upper")
+        lower = self.add("Sub", [both, self.add("Mul", [upper, sixteen], f"{name}_above")], f"{name}_lower")
+        last = self.constant("last", np.array([-1]))
+        sides = [self.add("Unsqueeze", [half, last], f"{half.removeprefix(self.output + '_')}_half") for half in (lower, upper)]
+        return self.reshaped(self.add("Concat", sides, f"{name}_pairs", axis=-1), name, shape)
+
+    def reshaped(self, given: str, name: str, shape: list[int], output: str | None = None) -> str:
+        """(I, *shape)."""
+        there = self.add("Shape", [self.ids], f"{name}_ids_shape")
+        whole = self.add("Concat", [there, self.constant(f"{name}_own_shape", np.array(shape))], f"{name}_shape", axis=0)
+        return self.add("Reshape", [given, whole], name, output)
+
+    def float(self, given: str, name: str) -> str:
+        """The same in float32."""
+        return self.add("Cast", [given], f"{name}_cast", to=onnx.TensorProto.FLOAT)
+
+    def constant(self, name: str, value: Any) -> str:
+        """An initializer, once."""
+        name = f"{self.output}_{name}"
+        if all(tensor.name != name for tensor in self.model.graph.initializer):
+            self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def add(self, op: str, given: list[str], name: str, output: str | None = None, **attributes: int) -> str:
+        """A node; returns its output's name."""
+        output = output or f"{self.output}_{name}"
+        self.made.append(helper.make_node(op, given, [output], f"{self.stem}_{name}", **attributes))
+        return output

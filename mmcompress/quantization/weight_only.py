@@ -52,7 +52,7 @@ def quantize_weights(
     Weights of 8 bits are symmetric, those of 4 bits have a zero point for each block. Tables have one scale a row at 8 bits, and
     a scale for each block at 4; they are rounded to the nearest. The patch embedding takes 8 bits in any case, to the nearest: it
     is the one layer that sees raw pixels, and a few hundredths of the file. A table that is a layer's weight as well is stored
-    once at 8 bits, rounded to the nearest; see `tied`.
+    once, with a zero point for each block at 4 bits, rounded to the nearest; see `tied`.
 
     Args:
         source: Float file, as `export_component` writes it.
@@ -84,7 +84,7 @@ def quantize_weights(
     if layers and not chosen:
         raise ValueError(f"{source}: no MatMul with a weight is left to quantize")
     lookups = {node.name: module_path(node.name) for node in model.graph.node if node.op_type == "Gather"}
-    tied, own = share_tied(model, chosen - patches, block_size, (include, exclude)) if bits == 8 else ((), set())
+    tied, own = share_tied(model, chosen - patches, bits, block_size, (include, exclude))
     chosen -= own
     if rounded is not None:
         chosen -= _take(model, chosen, rounded)

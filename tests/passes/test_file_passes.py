@@ -15,8 +15,11 @@ from mmcompress.data.examples import as_examples
 from mmcompress.errors import DataError, RecipeError
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
+from mmcompress.tasks.automatic_speech_recognition import AutomaticSpeechRecognition
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
 from tests import tiny
+from tests.families import tiny_whisper
+from tests.tiny_audio import recordings
 
 TASK = ZeroShotImageClassification(type="zero-shot-image-classification", templates=["a photo of a {} ."])
 
@@ -125,6 +128,20 @@ def test_weights_are_rounded_by_calibration_examples(model: mm.CompressedModel, 
     wanted = TorchPredict(model)("vision_model", pixels)["image_embeds"]
     ours, nearest = (OnnxPredict(f, 1)("vision_model", pixels)["image_embeds"] for f in (new.onnx, again.onnx))
     assert np.linalg.norm(ours - wanted) < 0.8 * np.linalg.norm(nearest - wanted)
+
+
+def test_a_decoder_learns_from_answers_of_one_word_too(tmp_path: Path) -> None:
+    model, task = tiny_whisper.whisper(), AutomaticSpeechRecognition(type="automatic-speech-recognition", max_new_tokens=4)
+    examples = recordings(["one", "two", "three"] * 4)
+    examples.narrow(task.roles, task.type, task.optional)
+    step = mm.passes.Quantize(scheme="int4-weight-only", algorithm="gptq", samples=12)
+    new = step.apply(model, context=Context(task=task, train=examples, workdir=tmp_path))
+    assert new.onnx is not None
+    assert (new.onnx / "decoder_model_merged_q4.onnx").exists()
+    given = list(step._calibration(model, Context(task=task, train=examples), "decoder_model_merged"))
+    assert [ids.shape[1] for ids in (one["input_ids"] for one in given)] == [1, 1]
+    assert len(np.unique(given[0]["input_ids"])) == 1
+    assert len(np.unique(given[1]["input_ids"])) == 3
 
 
 def test_an_algorithm_without_weights_to_round_is_a_mistake() -> None:

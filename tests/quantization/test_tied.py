@@ -11,14 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 from mmcompress.quantization.blocks import nearest_grid
 from mmcompress.quantization.weight_only import quantize_weights
 
-VOCABULARY, WIDTH = 300, 64
+VOCABULARY = 300
 
 
-def decoder(tied: bool, shape: tuple[int, ...] = (3,)) -> onnx.ModelProto:
+def decoder(tied: bool, shape: tuple[int, ...] = (3,), width: int = 64) -> onnx.ModelProto:
     """Looks rows of a table up, and multiplies them by the table transposed, or by another one."""
     rng = np.random.default_rng(0)
-    table = rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
-    weight = np.ascontiguousarray(table.T) if tied else rng.standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
+    table = rng.standard_normal((VOCABULARY, width)).astype(np.float32)
+    weight = np.ascontiguousarray(table.T) if tied else rng.standard_normal((width, VOCABULARY)).astype(np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["rows"], "embed_tokens/Gather"),
         helper.make_node("MatMul", ["rows", "weight"], ["logits"], "proj_out/MatMul"),
@@ -29,7 +29,7 @@ def decoder(tied: bool, shape: tuple[int, ...] = (3,)) -> onnx.ModelProto:
         [helper.make_tensor_value_info("ids", TensorProto.INT64, shape)],
         [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [*shape, size])
-            for name, size in (("rows", WIDTH), ("logits", VOCABULARY))
+            for name, size in (("rows", width), ("logits", VOCABULARY))
         ],
         [numpy_helper.from_array(table, "table"), numpy_helper.from_array(weight, "weight")],
     )
@@ -37,20 +37,22 @@ def decoder(tied: bool, shape: tuple[int, ...] = (3,)) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])
-def test_a_tied_table_is_stored_once(tmp_path, shape):
-    sizes, bits = {}, 8
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("width", [64, 96])
+def test_a_tied_table_is_stored_once(tmp_path, shape, bits, width):
+    sizes = {}
     for tied in (False, True):
-        onnx.save(decoder(tied, shape), tmp_path / "float.onnx")
+        onnx.save(decoder(tied, shape, width), tmp_path / "float.onnx")
         result = quantize_weights(tmp_path / "float.onnx", tmp_path / f"{tied}.onnx", bits=bits, block_size=32)
         assert (result.quantized, result.left_float, result.tables) == (("proj_out/MatMul",), (), ("table",))
         sizes[tied] = result.bytes_after
-    digits = VOCABULARY * WIDTH * bits // 8
+    digits = VOCABULARY * width * bits // 8
     assert sizes[False] - sizes[True] > 0.9 * digits
     options = ort.SessionOptions()
     options.log_severity_level = 3
     ids = np.array([0, 7, 299]).reshape(shape)
     rows, logits = ort.InferenceSession(tmp_path / "True.onnx", options).run(None, {"ids": ids})
-    weight = numpy_helper.to_array(decoder(True).graph.initializer[1])
+    weight = numpy_helper.to_array(decoder(True, shape, width).graph.initializer[1])
     grid = nearest_grid(weight, bits, 32)
     held = grid.values(grid.digits(weight))
     np.testing.assert_allclose(rows, held.T[ids], atol=1e-6)

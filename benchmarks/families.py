@@ -2,15 +2,15 @@
 
     python benchmarks/families.py [--only whisper-base]... [--threads 2] [--seconds 1] [--out results.json] [--fresh]
 
-Every step of every family runs in a process of its own, so that its peak memory is its own: building, cutting, and for the whole
-and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data), comparing with torch, timing. Speed,
-size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
+Every step of every family runs in a process of its own, so that its peak memory is its own: building, cutting, training, and for
+the whole and the cut model exporting, quantizing (int8 with ranges at run time, which needs no data) and comparing with torch.
+Speed, size and memory mean something; quality of random weights does not, and the parity is that of random inputs. Peak memory of
 cutting, exporting and quantizing is held against 3 times the model's float32 bytes plus 2 GB; that of fine-tuning and distilling,
 without what the process takes before it loads a model and without the activations of a batch, against 5 times those bytes. Above
 that the exit code is 1.
 
-Latency is of batch size 1; for families that write text, of the prompt and 15 tokens after it. Families that --out holds are not
-measured again.
+Latency is the median at batch size 1; for families that write text, of the prompt and 15 tokens after it. Both models, in torch
+and in ONNX Runtime, take turns, the latter in a process each. Families that --out holds are not measured again.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from mmcompress.files import write_json
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import latency, size, worker
 from mmcompress.measure.rows import parity_over
+from mmcompress.measure.turns import SPIN_SECONDS, Contestant, Turns, write_calls
 from mmcompress.model import CompressedModel
 from mmcompress.processor import Processor
 from mmcompress.runtimes.onnx_predict import OnnxPredict
@@ -257,23 +258,39 @@ def compare(name: str, work: Path, variant: str, precision: str) -> dict[str, An
     return {component: one.model_dump() for component, one in found.items()}
 
 
-def time_torch(name: str, work: Path, variant: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of all components and of each, as `measure.worker` times them."""
+def time_all(name: str, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of all components and of each: both variants in torch, here, and ONNX Runtime, a process each."""
     torch.set_num_threads(given.threads)
-    model = opened(name, work / variant)
-    parts = model.family.components(model.module)
-    calls: worker.Calls = []
-    for call in model.family.calls(model.module, 1):
-        calls.append((call.component, call.times, runner(parts[call.component], call.inputs)))
-    figures = {"together": calls}
-    for component in dict.fromkeys(call[0] for call in calls):
-        figures[component] = [call for call in calls if call[0] == component]
-    times: dict[str, list[float]] = {figure: [] for figure in figures}
-    # In turns, as the worker does it: a busy second touches a part of each figure.
-    for _ in range(worker.ROUNDS):
-        for figure, own in figures.items():
-            times[figure] += worker.timed(partial(worker.run_all, own), given.seconds / worker.ROUNDS)
-    return {figure: latency.summarize(found).model_dump() for figure, found in times.items()}
+    contestants: list[Contestant] = []
+    calls: dict[str, worker.Calls] = {}
+    for variant in VARIANTS:
+        model = opened(name, work / variant)
+        parts, own = model.family.components(model.module), model.family.calls(model.module, 1)
+        calls[variant] = [(call.component, call.times, runner(parts[call.component], call.inputs)) for call in own]
+        asked = {"1": write_calls(own, work / f"{variant}-calls")}
+        folders = {f"{variant} {precision}": work / f"{variant}-{precision}" for precision in PRECISIONS}
+        contestants += [Contestant(one, folder, "onnxruntime", asked) for one, folder in folders.items()]
+    components = dict.fromkeys(call[0] for call in calls["whole"])
+    figures = {"together": "1", **{component: f"{component}/1" for component in components}}
+    names, seconds, least = [c.name for c in contestants], given.seconds / worker.ROUNDS, worker.LEAST_CALLS // worker.ROUNDS
+    times: dict[str, dict[str, list[float]]] = {f"{variant} torch": {figure: [] for figure in figures} for variant in VARIANTS}
+    with Turns(contestants, given.threads) as turns:
+        for figure in figures.values():
+            for one in names:
+                turns.warm(one, figure, worker.WARM_UP)
+        turns.begin()
+        # Whatever slows the machine down for a while touches each of them.
+        for number in range(worker.ROUNDS):
+            for name_, figure in figures.items():
+                for variant in VARIANTS:
+                    chosen = [call for call in calls[variant] if name_ in ("together", call[0])]
+                    times[f"{variant} torch"][name_] += worker.timed(partial(worker.run_all, chosen), seconds, least)
+                time.sleep(SPIN_SECONDS["torch"])
+                turns.take_turns(names, figure, number, seconds, least, 2)
+        busy = turns.busy_cores()
+    times |= {one: {name_: turns.figures[one, figure].times for name_, figure in figures.items()} for one in names}
+    found = {one: {name_: latency.summarize(own).model_dump() for name_, own in by.items()} for one, by in times.items()}
+    return {**found, "busy_cores": busy}
 
 
 def runner(part: Any, inputs: Any) -> Callable[[], Any]:
@@ -285,19 +302,6 @@ def runner(part: Any, inputs: Any) -> Callable[[], Any]:
             return part.module(*tensors)
 
     return run
-
-
-def time_onnx(name: str, work: Path, variant: str, precision: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The same of ONNX files, in a process that never loads torch."""
-    model = opened(name, work / variant)
-    folder = work / f"{variant}-{precision}"
-    settings: dict[str, Any] = {"batch_sizes": [1], "threads": given.threads, "seconds": given.seconds}
-    found = latency.measure(folder, "onnxruntime", family=model.family, module=model.module, **settings)
-    return {
-        "together": found["latency_ms"]["1"].model_dump(),
-        **{component: by["1"].model_dump() for component, by in found["components"].items()},
-        "busy_cores": found["busy_cores"],
-    }
 
 
 def steps(family: str, given: argparse.Namespace) -> dict[str, Callable[[str, Path], dict[str, Any]]]:
@@ -314,10 +318,8 @@ def steps(family: str, given: argparse.Namespace) -> dict[str, Callable[[str, Pa
             where = (variant, precision)
             found[f"make {variant} {precision}"] = lambda name, work, w=where: make_files(name, work, *w)
             found[f"parity {variant} {precision}"] = lambda name, work, w=where: compare(name, work, *w)
-            if not given.no_latency:
-                found[f"latency {variant} {precision}"] = lambda name, work, w=where: time_onnx(name, work, *w, given)
-        if not given.no_latency:
-            found[f"latency {variant} torch"] = lambda name, work, v=variant: time_torch(name, work, v, given)
+    if not given.no_latency:
+        found["latency"] = lambda name, work: time_all(name, work, given)
     return found
 
 
@@ -349,9 +351,9 @@ def tables(found: dict[str, Any]) -> str:
     for variant, step in zip(VARIANTS, ("build", "cut"), strict=True):
         row = [variant, found[step]["parameters"] / 1e6, found[step]["disk_bytes"] / 1e6]
         sizes.append(row + [found[f"make {variant} {p}"]["disk_bytes"] / 1e6 for p in PRECISIONS])
-        components = found.get(f"latency {variant} torch", found[f"parity {variant} fp32"])
-        for component in components:
-            times = [found.get(f"latency {variant} {r}", {}).get(component) for r in ("torch", *PRECISIONS)]
+        timed = [found.get("latency", {}).get(f"{variant} {runtime}", {}) for runtime in ("torch", *PRECISIONS)]
+        for component in timed[0] or found[f"parity {variant} fp32"]:
+            times = [by.get(component) for by in timed]
             row = [variant, component, *(one and one["p50"] for one in times)]
             for precision in PRECISIONS:
                 one = found[f"parity {variant} {precision}"].get(component)

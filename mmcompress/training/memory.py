@@ -63,25 +63,27 @@ def lean_gradients(module: nn.Module, device: torch.device, least_bytes: int = B
     """
     large = _embeddings(module, least_bytes) if device.type in ("cpu", "cuda") else {}
     changed: list[nn.Module] = []
-    for embedding, others in large.items():
-        if not others:
-            embedding.sparse = True
+    alone: list[nn.Embedding] = []
+    for weight, (embeddings, others) in large.items():
+        if len(embeddings) + len(others) == 1:
+            alone += embeddings
             continue
-        later = _Later(embedding.weight)
-        embedding.forward = partial(_look_up, embedding, later)  # type: ignore[method-assign] # the module keeps its class and hooks
-        changed.append(embedding)
-        for layer in others:
-            if type(layer) is nn.Linear:
-                layer.forward = partial(_project, layer, later)  # type: ignore[method-assign] # as above
-                changed.append(layer)
+        later = _Later(weight)
+        for embedding in embeddings:
+            embedding.forward = partial(_look_up, embedding, later)  # type: ignore[method-assign] # it keeps its class and hooks
+        linear = [layer for layer in others if type(layer) is nn.Linear]
+        for layer in linear:
+            layer.forward = partial(_project, layer, later)  # type: ignore[method-assign] # as above
+        changed += [*embeddings, *linear]
+    for embedding in alone:
+        embedding.sparse = True
     try:
         yield
     finally:
-        for layer in changed:
-            del layer.forward
-        for embedding, others in large.items():
-            if not others:
-                embedding.sparse = False
+        for part in changed:
+            del part.forward
+        for embedding in alone:
+            embedding.sparse = False
 
 
 def fill_tables(parameters: Iterable[nn.Parameter]) -> None:
@@ -100,14 +102,15 @@ def users(module: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return found
 
 
-def _embeddings(module: nn.Module, least_bytes: int) -> dict[nn.Embedding, list[nn.Module]]:
-    """Embeddings whose gradients may be sparse, and the other layers that their weight is tied to."""
-    found: dict[nn.Embedding, list[nn.Module]] = {}
+def _embeddings(module: nn.Module, least_bytes: int) -> dict[nn.Parameter, tuple[list[nn.Embedding], list[nn.Module]]]:
+    """Weights of embeddings whose gradients may be sparse: these embeddings, and the other layers that hold the weight."""
+    found = {}
     for weight, parts in users(module).items():
-        for part in parts:
-            plain = isinstance(part, nn.Embedding) and not (part.max_norm or part.scale_grad_by_freq or part.sparse)
-            if plain and type(part) is nn.Embedding and weight.nbytes >= least_bytes:
-                found[part] = [other for other in parts if other is not part]
+        plain = [
+            part for part in parts if type(part) is nn.Embedding and not (part.max_norm or part.scale_grad_by_freq or part.sparse)
+        ]
+        if plain and weight.nbytes >= least_bytes:
+            found[weight] = (plain, [part for part in parts if part not in plain])
     return found
 
 

@@ -62,22 +62,30 @@ def test_what_the_user_says_about_memory_stays() -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output layer's as well, padding in row 1, and one that stands alone."""
+    """An embedding whose weight is the output layer's as well, padding in row 1, and one that stands alone.
 
-    def __init__(self, bare: bool = False) -> None:
+    Args:
+        bare: no output layer.
+        two: a second embedding of the same weight.
+    """
+
+    def __init__(self, bare: bool = False, two: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.places = nn.Embedding(50, 8, padding_idx=1), nn.Embedding(4, 8)
         self.out = nn.Linear(8, 50, bias=False)
         self.out.weight = self.embed.weight
         self.bare, self.again = bare, False
+        self.second = nn.Embedding(50, 8) if two else None
+        if self.second is not None:
+            self.second.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) to a loss of shape ()."""
 
         def body(ids: torch.Tensor) -> torch.Tensor:
             hidden: torch.Tensor = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
-            return hidden.tanh()
+            return hidden.tanh() if self.second is None else (hidden + self.second(ids.flip(0))).tanh()
 
         hidden = checkpoint(body, ids, use_reentrant=False) if self.again else body(ids)
         return hidden.square().sum() if self.bare else self.out(hidden).logsumexp(-1).square().sum()
@@ -103,8 +111,9 @@ def allocated(model: Tied, passes: int, ids: torch.Tensor = FEW) -> int:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("ids", [FEW, MANY])
-def test_gradients_are_those_of_autograd(bare: bool, again: bool, passes: int, ids: torch.Tensor) -> None:
-    plain, lean = Tied(bare), Tied(bare)
+@pytest.mark.parametrize("two", [False, True])
+def test_gradients_are_those_of_autograd(bare: bool, again: bool, passes: int, ids: torch.Tensor, two: bool) -> None:
+    plain, lean = Tied(bare, two), Tied(bare, two)
     lean.again = again
     allocated(plain, passes, ids)
     with lean_gradients(lean, CPU, 0):

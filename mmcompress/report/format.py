@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -334,8 +334,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+def _templates(filters: frozenset[tuple[str, Callable[..., Any]]]) -> jinja2.Environment:
+    """Keeps templates compiled, which takes longer than filling them."""
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is None or ".html" in name,
         undefined=jinja2.StrictUndefined,
@@ -343,10 +344,10 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters.update(filters)
+    return environment
 
 
-def fill_template(name: str, filters: dict[str, Any], values: dict[str, Any]) -> str:
+def fill_template(name: str, filters: Mapping[str, Callable[..., Any]], values: dict[str, Any]) -> str:
     """Fills a template of this package; names with ``.html`` in them escape every value."""
-    environment = _templates().overlay()
-    environment.filters = {**environment.filters, **filters}
-    return environment.get_template(name).render(values)
+    return _templates(frozenset(filters.items())).get_template(name).render(values)

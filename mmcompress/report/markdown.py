@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -312,5 +313,5 @@ def render_markdown(report: Report, folder: Path | None = None) -> str:
         "marks": MARKS,
         "most": max(SHOWN_ALERTS, sum(a.tone == "bad" for a in alerts)),
     }
-    filters = {"md": escape_markdown, "table": markdown_table, "fence": fence}
+    filters: dict[str, Callable[..., str]] = {"md": escape_markdown, "table": markdown_table, "fence": fence}
     return re.sub(r"\n{3,}", "\n\n", fill_template("report.md.j2", filters, values)).strip() + "\n"

@@ -32,7 +32,11 @@ def heading_groups(table: Table) -> list[tuple[str, int, list[str]]]:
 
 def html_filters() -> dict[str, Any]:
     """The filters that the HTML templates use."""
-    return {"nice": nice, "runtime": lambda name: RUNTIMES.get(name, name), "heading_groups": heading_groups}
+    return {"nice": nice, "runtime": _runtime, "heading_groups": heading_groups}
+
+
+def _runtime(name: str) -> str:
+    return RUNTIMES.get(name, name)
 
 
 def html_table(table: Table, long: Sequence[int] = ()) -> Markup:

@@ -4,10 +4,13 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import jinja2
 import pytest
 
+from mmcompress.report.format import _templates
 from mmcompress.report.html import render_html
-from mmcompress.report.views import nice
+from mmcompress.report.tables import Table
+from mmcompress.report.views import html_table, nice
 from tests.report import examples
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -244,3 +247,18 @@ def test_contrast_is_aa_in_both_themes() -> None:
 def test_signs_are_set_in_numbers_only() -> None:
     assert nice("-0.6 points (-1.1 to +0.1), 2.79x faster") == "−0.6 points (−1.1 to +0.1), 2.79× faster"
     assert nice("3-quantize 2024-01-02 v1.2-3 0x1f 48x48") == "3-quantize 2024-01-02 v1.2-3 0x1f 48x48"
+
+
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_ = jinja2.Environment.compile
+
+    def counted(environment: jinja2.Environment, source: str, name: str, filename: str) -> object:
+        compiled.append(name)
+        return compile_(environment, source, name, filename)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", counted)
+    _templates.cache_clear()
+    table = Table("a", "a", (("", "b"),), ())
+    assert html_table(table) == html_table(table)
+    assert compiled == ["table.html.j2", "macros.html.j2"]

@@ -17,8 +17,8 @@ Contenders, at the same size of the vision tower and the same number of steps, b
 And the ranking of criteria: half of the vision tower's FFN units cut by taylor, magnitude and at random, without training.
 
 Every contender and seed runs in a process of its own. Differences to the baseline are of the same examples, averaged over the
-seeds, with the 95% interval of a paired bootstrap over the examples; what the seeds gave stands beside it as least and most. What
-was found is kept in --out, and a second call goes on from there.
+seeds, with the 95% interval of a paired bootstrap over the examples; what the seeds gave stands beside it as least and most. A
+second table sets ours against the others in the same way. What was found is kept in --out, and a second call goes on from there.
 
 Shape legend: N test examples.
 """
@@ -327,6 +327,28 @@ def table(found: dict[str, Any], given: argparse.Namespace) -> str:
     return tabulate(rows, headers=heads, disable_numparse=True)
 
 
+def comparisons(found: dict[str, Any], given: argparse.Namespace) -> str:
+    """Ours less each other contender, of the same examples and seeds, and whether their intervals to the baseline are apart."""
+    rows = []
+    for subject, size, other in ((s, z, c) for s in given.only for z in given.sizes for c in CONTENDERS[1:]):
+        keys = [[f"{subject} {size} {contender} {seed}" for contender in ("ours", other)] for seed in given.seeds]
+        both = [pair for pair in keys if all(key in found for key in pair)]
+        base = found.get(f"{subject} - baseline 0")
+        if not both or base is None:
+            continue
+        ours, theirs = (np.mean([found[pair[i]]["scores"] for pair in both], axis=0) for i in range(2))
+        low, high = difference_interval(ours, theirs)
+        least, most = (
+            difference_interval(ours, np.array(base["scores"]))[0],
+            difference_interval(theirs, np.array(base["scores"]))[1],
+        )
+        short = 100 * (most - least)
+        said = f"{100 * (ours.mean() - theirs.mean()):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        rows.append([subject, size, other, len(both), said, "yes" if short < 0 else f"no, by {short:.2f}"])
+    heads = ["subject", "size", "ours less", "seeds", "points [95%]", "intervals to baseline above theirs"]
+    return tabulate(rows, headers=heads, disable_numparse=True)
+
+
 def main() -> None:
     """Runs what is missing and prints, or does one job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -359,7 +381,7 @@ def main() -> None:
             print(key, file=sys.stderr, flush=True)
             kept["found"][key] = in_a_process(one, given)
             write_json(given.out, kept)
-    print(table(kept["found"], given))
+    print(table(kept["found"], given), comparisons(kept["found"], given), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,16 @@ MaxDropField = Annotated[
     ),
 ]
 
+Sensitivity = Literal["embedding", "metric"]
+SensitivityField = Annotated[
+    Sensitivity,
+    Field(
+        description="How `max_drop` judges a layer by what it does when it alone is int8. embedding: how far the component's "
+        "output moves, on a few calibration examples. metric: what the task's first metric loses, on `max_drop`'s training "
+        "examples, and among equals the embedding; takes an evaluation for each layer."
+    ),
+]
+
 
 @dataclass
 class Work:

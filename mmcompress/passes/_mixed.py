@@ -15,7 +15,7 @@ from mmcompress.context import Context
 from mmcompress.data.examples import Examples
 from mmcompress.measure.quality import changes
 from mmcompress.model import CompressedModel
-from mmcompress.passes._keeping import Keeping, Work
+from mmcompress.passes._keeping import Keeping, Sensitivity, Work
 from mmcompress.quantization.arrangements import ARRANGEMENTS
 from mmcompress.quantization.ptq import quantize_static_int8
 from mmcompress.quantization.schemes import FIXED
@@ -61,18 +61,20 @@ def leave_float(
     others: Mapping[str, Path],
     keeping: Keeping,
     max_drop: float,
+    sensitivity: Sensitivity,
     model: CompressedModel,
     context: Context,
 ) -> dict[str, Any]:
     """Finds the fewest of the most sensitive layers that must stay float, and excludes them.
 
-    Layers are sorted by how far their component's output moves when they alone are int8. How many of the first ones stay float
-    is found by bisection: the fewest with which the metric falls by no more than the limit.
+    Layers are sorted by how far their component's output moves when they alone are int8, or by what the metric then loses. How
+    many of the first ones stay float is found by bisection: the fewest with which the metric falls by no more than the limit.
 
     Args:
         works: the components that are going to be int8; their ``exclude`` and ``done`` are added to.
         others: float files of the other components.
         max_drop: in points.
+        sensitivity: what layers are sorted by.
 
     Returns:
         What was found, for the report.
@@ -88,7 +90,6 @@ def leave_float(
         for name, board in boards.items()
         for layer, distance in board.distances(_first(works[name].feeds(), FEW)).items()
     }
-    ranked = sorted(distances, key=lambda one: -distances[one])
     predict = _Switched(boards, rest, (*boards, *others))
 
     def scored(int8: Iterable[Layer]) -> Scores:
@@ -96,14 +97,28 @@ def leave_float(
         return task.evaluate(predict, model.processor, held, context.reporter)
 
     baseline = scored(())
+
+    def lost(int8: Iterable[Layer]) -> tuple[float, float, float]:
+        """What the metric loses with these layers in int8, with its interval, in points."""
+        change = changes(scored(int8), baseline, task.lower_is_better)[metric]
+        found = (change.difference, change.low, change.high)
+        if metric not in task.lower_is_better:
+            found = (-change.difference, -change.high, -change.low)
+        return 100 * found[0], 100 * found[1], 100 * found[2]
+
+    alone: dict[Layer, tuple[float, float, float]] = {}
+    if sensitivity == "metric":
+        for one in distances:
+            context.reporter.note(f"{metric} with layer {len(alone) + 1} of {len(distances)} alone in int8")
+            alone[one] = lost([one])
+    ranked = sorted(distances, key=lambda one: (-alone[one][0] if alone else 0.0, -distances[one]))
     tried: dict[int, float] = {}
 
     def drop(kept: int) -> float:
         """In points, with the first so many layers in float."""
         if kept not in tried:
             context.reporter.note(f"{metric} with {kept} of {len(ranked)} layers in float")
-            change = changes(scored(ranked[kept:]), baseline, task.lower_is_better)[metric]
-            tried[kept] = 100 * (change.difference if metric in task.lower_is_better else -change.difference)
+            tried[kept] = lost(ranked[kept:])[0]
         return tried[kept]
 
     kept = fewest(len(ranked), lambda count: drop(count) <= max_drop)
@@ -111,9 +126,12 @@ def leave_float(
         works[name].exclude.append(f"re:^{re.escape(layer)}$")
     for name, work in works.items():
         work.done["distances"] = {layer: distances[name, layer] for layer in boards[name].layers}
+        if alone:
+            work.done["drops"] = {layer: alone[name, layer] for layer in boards[name].layers}
     return {
         "metric": metric,
         "max_drop": max_drop,
+        "sensitivity": sensitivity,
         "examples": len(held),
         "tried": [{"float": count, "drop": value} for count, value in sorted(tried.items())],
         "float": [{"component": name, "layer": layer, "distance": distances[name, layer]} for name, layer in ranked[:kept]],

@@ -18,6 +18,7 @@ from mmcompress.passes._keeping import (
     Keeping,
     MaxDropField,
     PercentileField,
+    SensitivityField,
     SmoothField,
     Work,
 )
@@ -97,6 +98,7 @@ class Quantize(Pass):
     smooth: SmoothField = "off"
     bias_correction: BiasField = False
     max_drop: MaxDropField = None
+    sensitivity: SensitivityField = "embedding"
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
@@ -130,6 +132,8 @@ class Quantize(Pass):
         for field, wanted in asked.items():
             if wanted and "int8-static" not in schemes:
                 raise ValueError(f"{field}: is of the scheme int8-static, and `scheme` does not name it")
+        if self.sensitivity != "embedding" and self.max_drop is None:
+            raise ValueError(f"sensitivity: {self.sensitivity} sorts layers for `max_drop`, which is left out")
         return self
 
     def weight_bytes(self) -> float:
@@ -277,7 +281,7 @@ class Quantize(Pass):
         if self.max_drop is not None:
             from mmcompress.passes._mixed import leave_float
 
-            facts["mixed_precision"] = leave_float(static, others, keeping, self.max_drop, model, context)
+            facts["mixed_precision"] = leave_float(static, others, keeping, self.max_drop, self.sensitivity, model, context)
         done = {name: work.done for name, work in static.items() if work.done}
         if done or facts or self.calibration != "min-max":
             context.facts["keeping"] = {**self._settings(), **facts, "components": done}

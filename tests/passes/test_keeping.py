@@ -100,6 +100,25 @@ def test_smoothing_and_mixed_precision_restore_what_plain_int8_loses(
     assert drops[len(worst)] <= 1.1 < drops[len(worst) - 1]
 
 
+def test_layers_are_judged_by_the_metric_where_that_is_asked_for(
+    planted: mm.CompressedModel, examples: Any, tmp_path: Path
+) -> None:
+    accuracy, _, facts = quantized(planted, examples, tmp_path, max_drop=1.1, sensitivity="metric")
+    assert 1 - accuracy <= 0.011 + 1e-9
+    mixed, done = facts["mixed_precision"], facts["components"]["vision_model"]
+    assert mixed["sensitivity"] == "metric"
+    drops, distances = done["drops"], done["distances"]
+    assert set(drops) == set(distances)
+    assert all(low <= drop <= high for drop, low, high in drops.values())
+    # The labels are the float model's answers: a layer alone in int8 loses whole pictures of 96, and cannot win any.
+    assert all(drop * 0.96 == pytest.approx(round(drop * 0.96), abs=1e-6) and drop >= 0 for drop, _, _ in drops.values())
+    assert len({drop for drop, _, _ in drops.values()}) > 1
+    worst = sorted(drops, key=lambda layer: (-drops[layer][0], -distances[layer]))[: len(mixed["float"])]
+    assert [one["layer"] for one in mixed["float"]] == worst
+    by_distance = sorted(distances, key=lambda layer: -distances[layer])
+    assert sorted(drops, key=lambda layer: (-drops[layer][0], -distances[layer])) != by_distance
+
+
 def test_nothing_stays_float_where_int8_is_good_enough(model: mm.CompressedModel, tmp_path: Path) -> None:
     context = Context(task=TASK, train=as_examples(tiny.dataset(24)), workdir=tmp_path)
     mm.passes.Quantize(samples=16, max_drop=100, bias_correction=True).apply(model, context=context)
@@ -168,6 +187,7 @@ def test_calibration_on_noise_or_on_few_pictures_is_refused(model: mm.Compressed
         ({"scheme": {"text": "float16"}, "bias_correction": True}, "bias_correction: is of"),
         ({"smooth": 1.5}, "less than or equal to 1"),
         ({"percentile": 50}, "greater than 50"),
+        ({"sensitivity": "metric"}, "sensitivity: metric sorts layers for `max_drop`"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -72,6 +72,17 @@ def test_all_views_say_what_was_done_and_what_stayed_float() -> None:
     assert max(map(len, found.text.splitlines())) <= 110
 
 
+def test_layers_judged_by_the_metric_show_what_it_loses() -> None:
+    drops = {"vision.layers.0.q": [0.1, -0.2, 0.4], "vision.layers.1.q": [1.5, 0.5, 2.5]}
+    components = {"vision_model": {**FACTS["components"]["vision_model"], "drops": drops}}
+    made = report(components=components)
+    for view in (render_html(made, None), render_markdown(made), render_text(made)):
+        plain = view.replace("\\", "").replace("\N{MINUS SIGN}", "-")
+        assert plain.index("+1.50 [+0.50, +2.50]") < plain.index("+0.10 [-0.20, +0.40]")
+    assert "accuracy, points lost [95%]" in render_markdown(made).replace("\\", "")
+    assert "points lost" not in render_html(report(), None)
+
+
 def test_nothing_left_float_and_everything_left_float() -> None:
     mixed = FACTS["mixed_precision"]
     none = {**mixed, "tried": [{"float": 0, "drop": 0.1}], "float": []}

@@ -86,25 +86,30 @@ def sentences(step: str, found: Found) -> list[str]:
 
 
 def layer_tables(step: str, found: Found) -> list[Table]:
-    """The most sensitive layers of all components, and which of them stayed in float."""
+    """The most sensitive layers of all components, by what `max_drop` sorted them by, and which of them stayed in float."""
     left = {(one["component"], one["layer"]) for one in found.get("mixed_precision", {}).get("float", ())}
     components = found["components"].items()
-    layers = [(component, layer, far) for component, done in components for layer, far in done.get("distances", {}).items()]
-    ranked = sorted(layers, key=lambda one: -float(one[2]))
+    far = {(component, layer): value for component, done in components for layer, value in done.get("distances", {}).items()}
+    drops = {(component, layer): value for component, done in components for layer, value in done.get("drops", {}).items()}
+    ranked = sorted(far, key=lambda one: (-drops[one][0] if drops else 0.0, -far[one]))
     if not ranked:
         return []
     lines = tuple(
         (
-            Cell(layer, tags=("float",) if (component, layer) in left else ()),
-            Cell(component),
-            Cell(f"{far:.2e}"),
-            Cell("stays in float" if (component, layer) in left else "int8"),
+            Cell(one[1], tags=("float",) if one in left else ()),
+            Cell(one[0]),
+            *([Cell("{:+.2f} [{:+.2f}, {:+.2f}]".format(*drops[one]))] if drops else []),
+            Cell(f"{far[one]:.2e}"),
+            Cell("stays in float" if one in left else "int8"),
         )
-        for component, layer, far in ranked[:SHOWN]
+        for one in ranked[:SHOWN]
     )
-    columns = (("", "layer"), ("", "component"), ("", "distance"), ("", "what it is"))
+    loss = [("", f"{found['mixed_precision']['metric']}, points lost [95%]")] if drops else []
+    columns = (("", "layer"), ("", "component"), *loss, ("", "distance"), ("", "what it is"))
     note = "Distance: 1 less the mean cosine of the component's output to the float one's when this layer alone is int8."
-    return [Table(f"keeping-{step}-layers", f"{step}, most sensitive layers", columns, lines, words=(1, 3), note=note)]
+    note += " Points: what the metric loses by that." if drops else ""
+    words = (1, 4) if drops else (1, 3)
+    return [Table(f"keeping-{step}-layers", f"{step}, most sensitive layers", columns, lines, words=words, note=note)]
 
 
 def norm_tables(step: str, found: Found) -> list[Table]:

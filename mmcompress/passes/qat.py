@@ -44,6 +44,12 @@ class Qat(DistillationSettings, Pass):
         default_factory=list,
         description="Layers to leave in float: dotted paths such as `visual_projection` or `encoder.layers.0`, globs allowed.",
     )
+    switch_on: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, 0 to 1, over which layers begin to round, from the first one on; 0: all at once.",
+    )
     freeze_ranges: float = Field(
         0.5, ge=0, le=1, description="Share of the steps, 0 to 1, after which the ranges of the activations stay as they are."
     )
@@ -87,9 +93,11 @@ class Qat(DistillationSettings, Pass):
 
         def before_step(step: int, steps: int) -> None:
             fake.set_observing(new.module, step < self.freeze_ranges * steps)
+            fake.set_fake_quant(new.module, min(1.0, (step + 1) / max(1.0, self.switch_on * steps)))
 
         facts = train(new, context, self, objective, "qat", before_step)
         fake.set_observing(new.module, False)
+        fake.set_fake_quant(new.module, True)
         folder = Path(context.workdir) / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         facts |= {"quantized_layers": len(layers), "weight_bits": 7 if reduced(self.reduce_range) else 8}

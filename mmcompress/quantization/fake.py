@@ -1,16 +1,20 @@
-"""Quantization-aware training: Linear layers that compute with rounded numbers, and their export as true int8.
+"""Quantization-aware training: layers that compute with rounded numbers, and their export as true int8.
+
+Layers are Linear ones, and patch embeddings, which are products of matrices as well.
 
 The scheme is the one `ptq.quantize_static_int8` writes: weights int8, symmetric, one scale an output channel;
 activations uint8, asymmetric, one scale a tensor, with a moving average of the range. From Jacob et al. 2018,
 "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.
 
-Shapes: O output features, I input features, ... any leading dimensions.
+Shapes: O output features, I input features, ... any leading dimensions; B pictures, C colours, H x W
+pixels, P x Q a patch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_excluded, unmatched
 from mmcompress.quantization.onnx_export import DEFAULT_OPSET, ComponentSpec, export_component
+from mmcompress.quantization.stored import store_constants
 
 WEIGHT_LEVELS, REDUCED_LEVELS = 127, 63
 ACTIVATION_LEVELS = 255
@@ -52,7 +57,7 @@ class FakeQuantLinear(nn.Module):
     export_scale: Tensor
     export_zero_point: Tensor
 
-    def __init__(self, linear: nn.Linear, momentum: float = 0.9, reduce_range: bool = False) -> None:
+    def __init__(self, linear: nn.Linear | nn.Conv2d, momentum: float = 0.9, reduce_range: bool = False) -> None:
         """Wraps a layer.
 
         Args:
@@ -68,8 +73,7 @@ class FakeQuantLinear(nn.Module):
             raise ValueError(f"momentum must be at least 0 and below 1, not {momentum}")
         self.weight = linear.weight
         self.bias = linear.bias
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.out_features, self.in_features = linear.weight.flatten(1).shape
         self.momentum = momentum
         self.weight_levels = REDUCED_LEVELS if reduce_range else WEIGHT_LEVELS
         self.observing = True
@@ -96,7 +100,7 @@ class FakeQuantLinear(nn.Module):
         if self.observing:
             self._observe(inputs.detach())
         if not self.fake_quant:
-            return F.linear(inputs, self.weight, self.bias)
+            return F.linear(inputs, self.matrix(), self.bias)
         if not self.observing:
             self.check_observed()
         scale, zero_point = self.activation_parameters()
@@ -104,9 +108,13 @@ class FakeQuantLinear(nn.Module):
         weight_scale = self.weight_scale()
         zeros = torch.zeros_like(weight_scale, dtype=torch.int32)
         weight = torch.fake_quantize_per_channel_affine(
-            self.weight, weight_scale, zeros, 0, -self.weight_levels, self.weight_levels
+            self.matrix(), weight_scale, zeros, 0, -self.weight_levels, self.weight_levels
         )
         return F.linear(inputs, weight, self.bias)
+
+    def matrix(self) -> Tensor:
+        """The weights as rows of inputs, shape [O, I]."""
+        return self.weight.flatten(1)
 
     def check_observed(self) -> None:
         """Raises RuntimeError where no batch was observed: a range of no width would round every input to 0."""
@@ -115,7 +123,7 @@ class FakeQuantLinear(nn.Module):
 
     def weight_scale(self) -> Tensor:
         """Scale of each output channel, max|w| / 127 (63 with 7 bits). Shape [O], float32, without gradient."""
-        largest = self.weight.detach().abs().amax(dim=1).float()
+        largest = self.matrix().detach().abs().amax(dim=1).float()
         return (largest / self.weight_levels).clamp(min=_SMALLEST_SCALE)
 
     def activation_parameters(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +175,7 @@ class FakeQuantLinear(nn.Module):
         scale, zero_point = self.activation_parameters()
         weight_scale = self.weight_scale()
         # Times the reciprocal, as torch's fake quantization rounds: dividing can differ in the last place.
-        units = self.weight.detach().float() * (1 / weight_scale)[:, None]
+        units = self.matrix().detach().float() * (1 / weight_scale)[:, None]
         weight = units.round().clamp(-self.weight_levels, self.weight_levels)
         # [I, O] with axis 1, so that the graph has a plain MatMul(x, W), which ONNX Runtime fuses.
         self.register_buffer("weight_int8", weight.to(torch.int8).t().contiguous(), persistent=False)
@@ -185,8 +193,8 @@ class FakeQuantLinear(nn.Module):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
 
-    def to_linear(self) -> nn.Linear:
-        """The plain layer, with this layer's parameters and mode."""
+    def to_plain(self) -> nn.Module:
+        """The layer that was wrapped, with this layer's parameters and mode."""
         (linear,) = self._plain
         # Loading with assign=True or moving to another device may have put other objects here.
         linear.weight = self.weight
@@ -194,14 +202,54 @@ class FakeQuantLinear(nn.Module):
         return linear.train(self.training)
 
 
+class FakeQuantPatches(FakeQuantLinear):
+    """A convolution whose kernel is as large as its stride: the same over patches as over rows, as `patches` exports it.
+
+    Attributes:
+        patch: P and Q.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, momentum: float = 0.9, reduce_range: bool = False) -> None:
+        """Wraps a patch embedding.
+
+        Raises:
+            ValueError: The momentum is out of range, or patches overlap, have gaps or are padded.
+        """
+        if not is_patches(convolution):
+            raise ValueError(f"{convolution} is no embedding of patches")
+        super().__init__(convolution, momentum, reduce_range)
+        self.patch = (convolution.kernel_size[0], convolution.kernel_size[1])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Applies the layer to [B, C, H, W], giving [B, O, H / P, W / Q]; what patches do not fill is left out."""
+        high, wide = self.patch
+        rows, columns = inputs.shape[2] // high, inputs.shape[3] // wide
+        inputs = inputs[:, :, : rows * high, : columns * wide]
+        if not (self.fake_quant or self._exporting):  # the very numbers of the convolution
+            if self.observing:
+                self._observe(inputs.detach())
+            return F.conv2d(inputs, self.weight, self.bias, stride=self.patch)
+        patches = inputs.reshape(-1, inputs.shape[1], rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5)
+        found = super().forward(patches.reshape(-1, rows * columns, self.in_features))
+        return found.transpose(1, 2).reshape(-1, self.out_features, rows, columns)
+
+
+def is_patches(module: nn.Module) -> bool:
+    """Whether a module is a convolution over patches that fill the picture side by side."""
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+        return False
+    plain = module.groups == 1 and module.dilation == (1, 1) and module.padding in ((0, 0), "valid")
+    return plain and module.stride == module.kernel_size
+
+
 def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = (), reduce_range: bool | None = None) -> list[str]:
-    """Replaces the Linear layers inside of a module, in place.
+    """Replaces the Linear layers and patch embeddings inside of a module, in place.
 
     Subclasses of Linear stay: `nn.MultiheadAttention` reads the weights of its `out_proj` and never calls it. The
     layers start out observing and rounding.
 
     Args:
-        module: Its Linear layers are replaced; it cannot be one itself.
+        module: Its layers are replaced; it cannot be one itself.
         exclude: Patterns of names to leave alone, see `naming.matches`.
         reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
 
@@ -209,34 +257,35 @@ def insert_fake_quant(module: nn.Module, *, exclude: Sequence[str] = (), reduce_
         Names of the layers that were replaced.
 
     Raises:
-        ValueError: A pattern means no Linear layer, or no layer is left to replace.
+        ValueError: A pattern means no such layer, or no layer is left to replace.
     """
-    linears = {
+    layers = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)
-        if type(part) is nn.Linear and name  # the nameless one is the module itself
+        if (type(part) is nn.Linear or is_patches(part)) and name  # the nameless one is the module itself
     }
-    wrong = unmatched(linears, exclude)
+    wrong = unmatched(layers, exclude)
     if wrong:
-        raise ValueError(f"exclude: no Linear layer is called {', '.join(wrong)}; there are {', '.join(linears)}")
-    chosen = [name for name in linears if not is_excluded(name, exclude)]
+        raise ValueError(f"exclude: no layer to be rounded is called {', '.join(wrong)}; there are {', '.join(layers)}")
+    chosen = [name for name in layers if not is_excluded(name, exclude)]
     if not chosen:
         raise ValueError("there is no Linear layer to fake-quantize")
     narrow = int8_saturates() if reduce_range is None else reduce_range
     wrapped: dict[int, FakeQuantLinear] = {}  # a layer used at two places stays one layer
     for name in chosen:
-        linear = linears[name]
-        if id(linear) not in wrapped:
-            wrapped[id(linear)] = FakeQuantLinear(linear, reduce_range=narrow)
-        module.set_submodule(name, wrapped[id(linear)], strict=True)
+        layer = layers[name]
+        if id(layer) not in wrapped:
+            kind = FakeQuantPatches if isinstance(layer, nn.Conv2d) else FakeQuantLinear
+            wrapped[id(layer)] = kind(layer, reduce_range=narrow)
+        module.set_submodule(name, wrapped[id(layer)], strict=True)
     return chosen
 
 
 def remove_fake_quant(module: nn.Module) -> None:
-    """Puts the plain Linear layers back, with the trained float weights. The names are those before insertion."""
+    """Puts the plain layers back, with the trained float weights. The names are those before insertion."""
     for name, part in list(module.named_modules(remove_duplicate=False)):
         if isinstance(part, FakeQuantLinear):
-            module.set_submodule(name, part.to_linear(), strict=True)
+            module.set_submodule(name, part.to_plain(), strict=True)
 
 
 def set_observing(module: nn.Module, on: bool) -> None:
@@ -245,10 +294,15 @@ def set_observing(module: nn.Module, on: bool) -> None:
         layer.observing = on
 
 
-def set_fake_quant(module: nn.Module, on: bool) -> None:
-    """Switches the rounding on or off; off, the module computes what it did before insertion."""
-    for layer in _layers(module):
-        layer.fake_quant = on
+def set_fake_quant(module: nn.Module, on: bool | float) -> None:
+    """Switches the rounding on or off; off, the module computes what it did before insertion.
+
+    Args:
+        on: A share, 0 to 1, switches on so many of the layers, from the first one on.
+    """
+    layers = _layers(module)
+    for place, layer in enumerate(layers):
+        layer.fake_quant = place < on * len(layers)
 
 
 @contextmanager
@@ -278,8 +332,8 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
         component: Its module has been through `insert_fake_quant` and has seen data.
         example_inputs: See `export_component`.
         path: Where to write.
-        tables: Whether to store embedding tables in int8, one scale a row. Training did not see that rounding; it is
-            at most 1/254 of a row's largest number.
+        tables: Whether to store embedding tables in int8, one scale a row, and other constants as `stored` does. Training
+            did not see that rounding; it is at most 1/254 of a row's largest number.
 
     Raises:
         ValueError: The module has no fake-quantized layer, or see `export_component`.
@@ -289,7 +343,9 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
         export_component(component, example_inputs, path)
     if tables:
         model = onnx.load(path)
-        if onnx_graph.quantize_tables(model):
+        floats = 4 * sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+        stored = [*onnx_graph.quantize_tables(model), *store_constants(model, float_bytes=floats)]
+        if stored:
             onnx_graph.save(model, path)
 
 

@@ -23,6 +23,7 @@ from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.qdq import write_qdq
 from mmcompress.quantization.ranges import Ranges, activations, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
+from mmcompress.quantization.stored import store_constants
 from mmcompress.quantization.watching import Feeds as Feeds
 
 
@@ -38,7 +39,7 @@ def quantize_dynamic_int8(
     """Int8 with activation ranges taken anew at every call: no calibration data, but ranges cost time.
 
     The range is of the whole batch, so an answer depends a little on what else is in its batch. Embedding tables are
-    stored in int8, one scale a row.
+    stored in int8, one scale a row, and so are kernels of convolutions; see `stored`.
 
     Args:
         source: Float file, as `export_component` writes it.
@@ -132,7 +133,7 @@ def quantize_static_int8(
                 "ActivationSymmetric": signed,
             },
         )
-    return _finish(source, target, plan, nodes)
+    return _finish(source, target, plan, nodes, kernels=quantize_conv)
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,19 @@ class _Plan:
         return cls(chosen, others, products, others + products, tuple(include), tuple(exclude))
 
 
-def _finish(source: Path, target: Path, plan: _Plan, integer: Sequence[str] = ()) -> QuantizationResult:
-    """Shrinks the tables of a quantized file, and counts what is in it; ``integer`` names the nodes that multiply integers."""
+def _finish(source: Path, target: Path, plan: _Plan, integer: Sequence[str] = (), *, kernels: bool = True) -> QuantizationResult:
+    """Shrinks the constants of a quantized file, and counts what is in it.
+
+    Args:
+        integer: names of the nodes that multiply integers.
+        kernels: whether those of convolutions that stay float are among the constants.
+    """
     model = onnx.load(target)
     spared = onnx_graph.spare_float_readers(model, set(integer)) if integer else 0
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
     replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
+    replaced += store_constants(model, plan.include, plan.exclude, float_bytes=onnx_graph.file_bytes(source), kernels=kernels)
     beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
     if replaced or spared or beside.exists():
         onnx_graph.save(model, target)

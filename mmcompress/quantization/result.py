@@ -13,7 +13,7 @@ class QuantizationResult:
         quantized: Names of the MatMul, Gemm and Conv nodes that now have integer weights.
         left_float: Names of those that have a weight and stayed float.
         float_products: Number of float products of two activations (attention).
-        tables: Names of the embedding tables stored as integers.
+        tables: Names of the embedding tables and other constants that are stored as integers and read as floats.
         unmatched_exclude: Exclude and include patterns that mean no layer of this file.
         op_counts: Nodes of the target by operator.
     """

@@ -24,6 +24,7 @@ from mmcompress.quantization.gptq import gptq
 from mmcompress.quantization.moments import stream
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.result import QuantizationResult
+from mmcompress.quantization.stored import store_constants
 from mmcompress.quantization.tied import share_tied
 
 with root_kept():
@@ -96,6 +97,7 @@ def quantize_weights(
         for size, meant in _by_block_size(model, own, width, block_size).items():
             _process(model, _config(width, size), [node.name for node in model.graph.node if node.name not in meant])
     _drop_unused(model)
+    tables += store_constants(model, include, exclude, float_bytes=onnx_graph.file_bytes(source))
     onnx_graph.save(model, target)
     floats = {node.name for node in onnx_graph.weighted_nodes(model)}
     paths = [*(module_path(name) for name in names), *lookups.values()]

@@ -22,6 +22,7 @@ from mmcompress.passes.base import Pass
 from mmcompress.passes.distill import Distill
 from mmcompress.passes.finetune import Finetune
 from mmcompress.passes.qat import Qat, distance
+from mmcompress.quantization import fake
 from mmcompress.quantization.fake import FakeQuantLinear
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.tasks.zero_shot_image_classification import ZeroShotImageClassification
@@ -219,7 +220,8 @@ def test_qat_leaves_a_stock_model_and_files_that_agree(model: CompressedModel, t
     assert trained.onnx is not None
     assert sorted(p.name for p in trained.onnx.iterdir()) == ["text_model_quantized.onnx", "vision_model_quantized.onnx"]
     result = trained.history[0]["result"]
-    assert result["quantized_layers"] == 5 * 6 + 1, "five layers of six Linear layers, and one of the two projections"
+    layers = "five layers of six Linear layers, one of the two projections, and the patches"
+    assert result["quantized_layers"] == 5 * 6 + 1 + 1, layers
     out, batch = embeddings(trained)
     predict = OnnxPredict(trained.onnx)
     inputs = {k: v.numpy() for k, v in batch.items()}
@@ -261,6 +263,28 @@ def test_ranges_come_from_calibration_and_freeze(
     assert not any(isinstance(part, FakeQuantLinear) for part in model.module.modules())
 
 
+def test_layers_begin_to_round_one_after_another(
+    model: CompressedModel, teacher: CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    on = fake.set_fake_quant
+
+    def noted(module: torch.nn.Module, share: bool | float) -> None:
+        on(module, share)
+        if not isinstance(share, bool):
+            layers = [part for part in module.modules() if isinstance(part, FakeQuantLinear)]
+            rounding = [layer.fake_quant for layer in layers]
+            assert rounding == sorted(rounding, reverse=True)
+            seen.append(sum(rounding) / len(rounding))
+
+    monkeypatch.setattr(fake, "set_fake_quant", noted)
+    settings = {**SHORT, "epochs": 4, "switch_on": 0.5}
+    new = Qat(**settings).apply(model, context=context(teacher, workdir=tmp_path))
+    # 32 examples in batches of 16: eight steps, all layers from the fourth on.
+    assert seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1], abs=1 / 32)
+    assert new.history[0]["result"]["components"]["vision_model"]["fake_to_float"]["max_abs_difference"] > 0
+
+
 def test_a_tower_that_is_excluded_is_exported_in_float(model: CompressedModel, teacher: CompressedModel, tmp_path: Path) -> None:
     settings = {**SHORT, "max_steps": 1, "exclude": ["text_model", "text_projection"]}
     new = Qat(**settings).apply(model, context=context(teacher, workdir=tmp_path))
@@ -274,7 +298,7 @@ def test_a_tower_that_is_excluded_is_exported_in_float(model: CompressedModel, t
 def test_qat_refuses_what_cannot_work(model: CompressedModel, teacher: CompressedModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs a folder"):
         Qat(**SHORT).apply(model, context=context(teacher))
-    with pytest.raises(RecipeError, match=r"qat: exclude: no Linear layer is called nowhere"):
+    with pytest.raises(RecipeError, match=r"qat: exclude: no layer to be rounded is called nowhere"):
         Qat(**SHORT, exclude=["nowhere"]).apply(model, context=context(teacher, workdir=tmp_path))
 
 

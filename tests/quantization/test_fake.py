@@ -13,6 +13,7 @@ from torch import nn
 
 from mmcompress.quantization.fake import (
     FakeQuantLinear,
+    FakeQuantPatches,
     export_qdq,
     exporting,
     insert_fake_quant,
@@ -114,7 +115,7 @@ def test_insert_and_remove_leave_no_trace(components):
     parameters = dict(model.named_parameters())
     expected = model.get_image_features(**x).pooler_output
     names = insert_fake_quant(model)
-    assert len(names) == 2 * (2 * 6 + 1)
+    assert len(names) == 2 * (2 * 6 + 1) + 1
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert model.get_parameter(name) is parameters[name]
     assert dict(model.named_parameters()).keys() == parameters.keys()
@@ -181,7 +182,7 @@ def test_attention_modules_that_read_weights_directly_stay_whole():
 @pytest.mark.parametrize(
     ("module", "exclude", "message"),
     [
-        (nn.Sequential(nn.Linear(2, 2)), ["fc9"], "no Linear layer is called fc9"),
+        (nn.Sequential(nn.Linear(2, 2)), ["fc9"], "no layer to be rounded is called fc9"),
         (nn.Sequential(nn.Linear(2, 2)), ["0"], "no Linear layer to fake-quantize"),
         (nn.Linear(2, 2), [], "no Linear layer to fake-quantize"),
     ],
@@ -217,7 +218,9 @@ def test_qdq_file_answers_as_the_fake_quantized_model(fresh, tmp_path, name):
     keys = list(module.state_dict())
     tower = getattr(module.model, f"{name}_model")
     insert_fake_quant(tower)
-    insert_fake_quant(module.model, exclude=["visual_projection" if name == "text" else "text_projection", "encoder"])
+    others = ["visual_projection", "patch_embedding"] if name == "text" else ["text_projection"]
+    others.append("encoder")
+    insert_fake_quant(module.model, exclude=others)
     with torch.no_grad():
         module(*inputs[0].values())
     set_observing(module, False)
@@ -237,10 +240,12 @@ def test_qdq_file_answers_as_the_fake_quantized_model(fresh, tmp_path, name):
         assert torch.cosine_similarity(found, expected).min() > 0.9999
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-3 * expected.abs().max().item())
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-    assert counts["MatMulIntegerToFloat"] + counts["QGemm"] == 13
+    patches = [(192, 64)] if name == "vision" else []  # a product of integers as well, and no convolution
+    assert counts["MatMulIntegerToFloat"] + counts["QGemm"] == 13 + len(patches)
+    assert "Conv" not in counts
     weights = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == TensorProto.INT8]
     assert sorted(tuple(w.dims) for w in weights if len(w.dims) == 2) == sorted(
-        [(64, 32)] + 8 * [(64, 64)] + 2 * [(64, 128)] + 2 * [(128, 64)]
+        [(64, 32)] + 8 * [(64, 64)] + 2 * [(64, 128)] + 2 * [(128, 64)] + patches
     )
     remove_fake_quant(module)
     assert list(module.state_dict()) == keys
@@ -272,3 +277,26 @@ def test_weights_of_seven_bits_are_rounded_to_63_levels_each_way():
     torch.testing.assert_close(found, torch.tensor([0.63, 0.13]), rtol=0, atol=3e-3)
     layer.begin_export()
     assert layer.weight_int8.flatten().tolist() == [63, 13]
+
+
+def test_patches_are_a_convolution_until_they_round():
+    convolution = nn.Conv2d(3, 5, kernel_size=(2, 4), stride=(2, 4))
+    layer = FakeQuantPatches(convolution)
+    pixels = torch.randn(2, 3, 9, 16, generator=torch.Generator().manual_seed(0))  # a row of pixels is left over
+    layer.fake_quant = False
+    assert torch.equal(layer(pixels), convolution(pixels))
+
+    layer.fake_quant, layer.observing = True, False
+    scale, zero = (value.item() for value in layer.activation_parameters())
+    rounded = (torch.round(pixels / scale) + zero).clamp(0, 255).sub(zero) * scale
+    steps = convolution.weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    weight = torch.round(convolution.weight.detach() / steps) * steps
+    wanted = torch.nn.functional.conv2d(rounded, weight, convolution.bias, stride=(2, 4))
+    found = layer(pixels)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    found.sum().backward()
+    assert convolution.weight.grad is not None
+    assert layer.to_plain() is convolution
+    for other in (nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 2, 2, padding=1), nn.Conv2d(4, 4, 2, 2, groups=2), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="no embedding of patches"):
+            FakeQuantPatches(other)

@@ -1,14 +1,15 @@
-"""What `quantize` does under its weight-only schemes, by our own rounding or by Neural Compressor's."""
+"""What `quantize` does under its weight-only schemes, by our own rounding or by Neural Compressor's, and by that one's int8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmcompress.errors import RecipeError
+from mmcompress.quantization.schemes import Calibration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Algorithm = Literal["rtn", "gptq", "awq", "autoround", "autotune"]
 Backend = Literal["mmcompress", "neural-compressor"]
 OURS: tuple[Algorithm, ...] = ("rtn", "gptq", "awq")
-Feeds = Callable[[], Iterator[Mapping[str, "np.ndarray"]]]
+Feeds = Callable[[], Iterable[Mapping[str, "np.ndarray"]]]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,60 @@ def quantized_weights(how: Rounding, source: Path, target: Path, part: Component
     return quantize(rounded=rounded)
 
 
-def backend_mistakes(algorithm: Algorithm) -> list[str]:
-    """What is wrong with an algorithm of Neural Compressor on this machine, from a trial, a sentence each."""
-    from mmcompress.quantization.neural_compressor import probe  # needs torch
+def static_by_backend(
+    source: Path,
+    target: Path,
+    part: Component,
+    feeds: Feeds,
+    calibration: Calibration,
+    patterns: tuple[Sequence[str], Sequence[str]],
+) -> QuantizationResult:
+    """One component's int8 file by Neural Compressor's static quantization.
 
-    wrong = probe(algorithm)
-    return [] if wrong is None else [f"algorithm: {algorithm} with backend neural-compressor does not work here: {wrong}"]
+    Args:
+        source: the float file.
+        target: where to write.
+        feeds: gives calibration batches.
+        patterns: of layers to include and to exclude.
+
+    Raises:
+        RecipeError: the backend cannot do it.
+    """
+    import torch
+
+    from mmcompress.quantization.neural_compressor import BackendError
+    from mmcompress.quantization.neural_static import OBSERVERS, static_by_neural_compressor
+
+    batches = [tuple(torch.from_numpy(batch[name]) for name in part.inputs) for batch in feeds()]
+    axes = [part.dynamic_axes.get(name, {}) for name in part.inputs]
+    include, exclude = patterns
+    try:
+        return static_by_neural_compressor(
+            source,
+            target,
+            part.module,
+            part.inputs,
+            axes,
+            batches,
+            observer=OBSERVERS[calibration],
+            include=include,
+            exclude=exclude,
+        )
+    except BackendError as e:
+        raise RecipeError(f"quantize: {part.name}: {e}") from e
+
+
+def backend_mistakes(algorithm: Algorithm, static: bool = False) -> list[str]:
+    """What is wrong with Neural Compressor's algorithm on this machine, from a trial, a sentence each.
+
+    Args:
+        static: whether its static int8 quantization is wanted, too.
+    """
+    from mmcompress.quantization.neural_compressor import STATIC, probe  # needs torch
+
+    tried = {f"algorithm: {algorithm}": probe(algorithm)} | ({"scheme: int8-static": probe(STATIC)} if static else {})
+    return [
+        f"{asked} with backend neural-compressor does not work here: {wrong}"
+        for asked, wrong in tried.items()
+        if wrong is not None
+    ]

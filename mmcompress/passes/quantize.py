@@ -22,7 +22,15 @@ from mmcompress.passes._keeping import (
     SmoothField,
     Work,
 )
-from mmcompress.passes._weights import OURS, Algorithm, Backend, Rounding, backend_mistakes, quantized_weights
+from mmcompress.passes._weights import (
+    OURS,
+    Algorithm,
+    Backend,
+    Rounding,
+    backend_mistakes,
+    quantized_weights,
+    static_by_backend,
+)
 from mmcompress.passes.base import Pass
 from mmcompress.quantization.naming import broken
 from mmcompress.quantization.schemes import FIXED, WEIGHT_BYTES, ArrangementName, Scheme, scheme_of
@@ -34,6 +42,11 @@ if TYPE_CHECKING:
     from mmcompress.model import CompressedModel
     from mmcompress.quantization.ranges import Ranges
     from mmcompress.quantization.result import QuantizationResult
+
+OVERFLOWS = (
+    "backend: neural-compressor rounds weights to 8 bits under int8-static, which overflow on x86 without VNNI; set "
+    "backend: mmcompress, or reduce_range: false where the files run on other processors"
+)
 
 
 class Quantize(Pass):
@@ -64,8 +77,9 @@ class Quantize(Pass):
     )
     backend: Backend = Field(
         "mmcompress",
-        description="What rounds the weights under the weight-only schemes. neural-compressor: Intel's, which needs the extra of "
-        "that name; `check` tries the algorithm on a small model, and refuses it where it does not work on this machine.",
+        description="What rounds the weights under the weight-only schemes, and takes ranges and scales under int8-static. "
+        "neural-compressor: Intel's, which needs the extra of that name; `check` tries it on a small model, and refuses what "
+        "does not work on this machine.",
     )
     include: list[str] = Field(
         default_factory=list,
@@ -109,12 +123,14 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _algorithm_has_weights(self) -> Self:
-        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
+        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
         rounded = any(scheme.endswith("weight-only") for scheme in schemes)
         # One int8 scheme for a whole model gives decoders int8 weights alone.
         if self.algorithm not in OURS and self.backend == "mmcompress":
             raise ValueError(f"algorithm: {self.algorithm} needs `backend: neural-compressor`; here are {', '.join(OURS)}")
         plain = self.algorithm == "rtn" and self.backend == "mmcompress"
+        if self.algorithm == "rtn" and "int8-static" in schemes:  # the backend's own
+            return self
         if not plain and not (rounded or self.scheme in FIXED if isinstance(self.scheme, str) else rounded):
             found = f"algorithm: {self.algorithm}" if self.algorithm != "rtn" else f"backend: {self.backend}"
             raise ValueError(f"{found} is of the weight-only schemes, and `scheme` names none")
@@ -122,7 +138,7 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _quality_has_int8(self) -> Self:
-        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
+        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
         asked = {
             "calibration": self.calibration != "min-max",
             "smooth": self.smooth != "off",
@@ -132,6 +148,12 @@ class Quantize(Pass):
         for field, wanted in asked.items():
             if wanted and "int8-static" not in schemes:
                 raise ValueError(f"{field}: is of the scheme int8-static, and `scheme` does not name it")
+        if self._by_backend("int8-static") and "int8-static" in schemes:
+            asked |= {"calibration": self.calibration not in ("min-max", "entropy"), "placement": self.placement != "fixed"}
+            for field, wanted in asked.items():
+                if wanted:
+                    allowed = "min-max or entropy" if field == "calibration" else "only what is the default"
+                    raise ValueError(f"{field}: int8-static of the backend neural-compressor takes {allowed}")
         if self.sensitivity != "embedding" and self.max_drop is None:
             raise ValueError(f"sensitivity: {self.sensitivity} sorts layers for `max_drop`, which is left out")
         return self
@@ -142,8 +164,15 @@ class Quantize(Pass):
         return max(WEIGHT_BYTES[scheme] for scheme in schemes)
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-        """What is wrong with ``algorithm`` under ``backend`` on this machine."""
-        return backend_mistakes(self.algorithm) if self.backend == "neural-compressor" else []
+        """What is wrong with ``algorithm`` and int8-static under ``backend`` on this machine."""
+        if self.backend != "neural-compressor":
+            return []
+        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
+        static = "int8-static" in schemes
+        wrong = backend_mistakes(self.algorithm, static)
+        if static and reduced(self.reduce_range):
+            wrong.append(OVERFLOWS)
+        return wrong
 
     def settled(self, family: Family, config: Any) -> tuple[Pass, str]:
         """The pass itself, once the names in ``scheme`` and ``placement`` are those of towers or components.
@@ -161,11 +190,17 @@ class Quantize(Pass):
 
     def _rounds_decoders(self) -> bool:
         """Whether ``algorithm`` or ``backend`` can only be meant for decoders, the others being int8 throughout."""
-        return isinstance(self.scheme, str) and self.scheme in FIXED and (self.algorithm, self.backend) != ("rtn", "mmcompress")
+        if not isinstance(self.scheme, str) or self.scheme not in FIXED:
+            return False
+        return self.algorithm != "rtn" or (self.backend != "mmcompress" and not self._by_backend(self.scheme))
+
+    def _by_backend(self, scheme: str) -> bool:
+        """Whether a scheme with integer activations is the backend's own work."""
+        return scheme == "int8-static" and self.backend == "neural-compressor"
 
     def _check_decoders(self, family: Family, parts: dict[str, Component]) -> None:
         if self._rounds_decoders() and not any(part.decoder for part in parts.values()):
-            found = f"algorithm: {self.algorithm}" if self.backend == "mmcompress" else f"backend: {self.backend}"
+            found = f"algorithm: {self.algorithm}" if self.algorithm != "rtn" else f"backend: {self.backend}"
             raise RecipeError(
                 f"quantize: {found} rounds the weights of weight-only schemes; under {self.scheme} only decoders get one, and "
                 f"{family.name} has none; set scheme: int8-weight-only or int4-weight-only"
@@ -314,6 +349,12 @@ class Quantize(Pass):
                 f"quantize: all layers of {part.name} must stay in float for `max_drop`; it is not quantized."
             )
             return None, None
+        if self._by_backend(scheme):
+            if narrow:
+                raise RecipeError(f"quantize: {OVERFLOWS}")
+            return "static", static_by_backend(
+                work.ready, target, part, work.feeds, self.calibration, (self.include, self.exclude)
+            )
         if self.placement == "measure":
             return self._measured(scheme, work, target, narrow, model, context, part)
         place = self._place(scheme, part)

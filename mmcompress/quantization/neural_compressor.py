@@ -34,6 +34,8 @@ from mmcompress.training.stored import cache_folder
 if TYPE_CHECKING:
     from neural_compressor.torch.quantization.config import TorchBaseConfig
 
+STATIC = "static"
+"""What a probe is asked for static int8; see `neural_static`."""
 ALGORITHMS = ("rtn", "gptq", "awq", "autoround", "autotune")
 EXTRA = "mmcompress[neural-compressor]"
 PACKAGES = ("neural-compressor", "torch", "transformers", "torchao", "auto-round", "intel-extension-for-pytorch")
@@ -223,7 +225,7 @@ def probe(algorithm: str) -> str | None:
     versions = {name: _version(name) for name in PACKAGES}
     if versions["neural-compressor"] is None:
         return f"neural-compressor is not installed: pip install '{EXTRA}'"
-    own = Path(__file__).read_bytes()
+    own = Path(__file__).read_bytes() + Path(__file__).with_name("neural_static.py").read_bytes()
     key = hashlib.sha256(json.dumps([algorithm, versions]).encode() + own).hexdigest()[:16]
     kept = cache_folder().parent / "probes" / f"neural-compressor-{algorithm}-{key}.json"
     if kept.exists():
@@ -256,7 +258,12 @@ def main(algorithm: str) -> None:
     """Tries an algorithm and says in the last line whether it works."""
     data = [(torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
     try:
-        round_weights(Toy().eval(), data, 4, 32, algorithm)
+        if algorithm == STATIC:
+            from mmcompress.quantization.neural_static import static_layers
+
+            static_layers(Toy().eval(), data, [{0: "batch"}])
+        else:
+            round_weights(Toy().eval(), data, 4, 32, algorithm)
     except BackendError as e:
         sys.stdout.write(f"{e}\n")
     else:

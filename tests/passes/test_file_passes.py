@@ -210,15 +210,15 @@ def test_a_placement_of_something_unknown_is_refused(model: mm.CompressedModel) 
         step.settled(model.family, model.module.config)
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "gptq"}, {"backend": "neural-compressor"}])
+@pytest.mark.parametrize(
+    ("scheme", "settings"), [("int8-static", {"algorithm": "gptq"}), ("int8-dynamic", {"backend": "neural-compressor"})]
+)
 def test_rounding_of_decoders_is_refused_where_there_are_none(
-    settings: dict[str, Any], model: mm.CompressedModel, context: Context
+    scheme: Any, settings: dict[str, Any], model: mm.CompressedModel, context: Context
 ) -> None:
-    step = mm.passes.Quantize(scheme="int8-static", **settings)
+    step = mm.passes.Quantize(scheme=scheme, **settings)
     name, value = next(iter(settings.items()))
-    said = (
-        f"{name}: {value} rounds the weights of weight-only schemes; under int8-static only decoders get one, and clip has none"
-    )
+    said = f"{name}: {value} rounds the weights of weight-only schemes; under {scheme} only decoders get one, and clip has none"
     with pytest.raises(RecipeError, match=said):
         step.settled(model.family, model.module.config)
     with pytest.raises(RecipeError, match=said):

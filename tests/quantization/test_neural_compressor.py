@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,33 @@ def test_the_pass_asks_the_probe_and_nothing_else(model: mm.CompressedModel, mon
     ]
     assert mm.passes.Quantize(scheme="int4-weight-only", algorithm="awq").check_against(model.family, {}) == []
     assert asked == ["awq"]
+
+
+def test_static_int8_is_asked_for_as_well(model: mm.CompressedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(neural_compressor, "probe", lambda algorithm: asked.append(algorithm) or f"no {algorithm} today")
+    step = mm.passes.Quantize(scheme={"vision": "int8-static"}, backend="neural-compressor", reduce_range=False)
+    wrong = step.check_against(model.family, {})
+    assert wrong[1] == "scheme: int8-static with backend neural-compressor does not work here: no static today"
+    assert len(wrong) == 2
+    assert asked == ["rtn", "static"]
+    narrow = mm.passes.Quantize(scheme="int8-static", backend="neural-compressor", reduce_range=True)
+    assert "overflow on x86 without VNNI" in narrow.check_against(model.family, {})[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"smooth": "auto"}, "smooth: int8-static of the backend neural-compressor takes only what is the default"),
+        ({"max_drop": 1}, "max_drop: int8-static of"),
+        ({"placement": "measure"}, "placement: int8-static of"),
+        ({"calibration": "mse"}, "calibration: int8-static of the backend neural-compressor takes min-max or entropy"),
+    ],
+)
+def test_what_the_backend_does_not_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mm.passes.Quantize(scheme="int8-static", backend="neural-compressor", **settings)
+    mm.passes.Quantize(scheme="int8-static", backend="neural-compressor", calibration="entropy")
 
 
 def test_settings_that_contradict_are_mistakes() -> None:

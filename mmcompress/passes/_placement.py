@@ -15,9 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 from safetensors.numpy import save_file
 
 from mmcompress.environment import cpu_features, int8_saturates
+from mmcompress.errors import UnavailableError
 from mmcompress.measure.placement import FLOAT, Choice, choose, why_not_faster
 from mmcompress.measure.turns import Contestant, Turns
 from mmcompress.quantization import onnx_graph
@@ -31,6 +33,8 @@ SAMPLES = 32
 """Calibration examples that the outputs of candidates are compared on."""
 TURN_SECONDS, LEAST, UNTIMED = 0.06, 3, 1
 FIGURE = "1"
+PROCESS_BYTES, COPIES = 100_000_000, 2
+"""What a timed process takes without a model, and how often it holds the weights: as they are, and laid out for its kernels."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -203,6 +207,7 @@ def _contest(
     (component,) = component_files(source)
     calls = {FIGURE: [{"component": component, "times": 1, "inputs": str(given)}]}
     files = {FLOAT: source, **made.files}
+    _check_memory(component, files)
     contestants = [Contestant(name, path, "onnxruntime", calls) for name, path in files.items()]
     with Turns(contestants, settings.threads) as turns:
         clock.lap("opening")
@@ -218,6 +223,21 @@ def _contest(
         profile = turns.profile(choice.chosen) if choice.chosen is not None else {}
         clock.lap("timing")
     return choice, profile
+
+
+def _check_memory(component: str, files: Mapping[str, Path]) -> None:
+    """Refuses to open more than fits into memory at once.
+
+    Raises:
+        UnavailableError: It would not fit.
+    """
+    needed = sum(PROCESS_BYTES + COPIES * onnx_graph.file_bytes(path) for path in files.values())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UnavailableError(
+            f"quantize: placement: measure: the {len(files)} files of {component} that take turns need about "
+            f"{needed / 1e9:.1f} GB of memory together, and {free / 1e9:.1f} GB are free; set placement: fixed, or name one"
+        )
 
 
 class _Few:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 
 import mmcompress as mm
 from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
-from mmcompress.errors import DataError, RecipeError
+from mmcompress.errors import DataError, RecipeError, UnavailableError
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.automatic_speech_recognition import AutomaticSpeechRecognition
@@ -191,6 +192,17 @@ def test_a_measured_placement_can_be_used_again_without_measuring(
     assert context.facts == {}
     for path in sorted(measured.onnx.iterdir()):
         assert (again.onnx / path.name).read_bytes() == path.read_bytes()
+
+
+def test_placements_that_do_not_fit_into_memory_together_are_not_opened(
+    model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = psutil.virtual_memory()._replace(available=500_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(
+        UnavailableError, match=r"need about 1\.\d GB of memory together, and 0\.5 GB are free; set placement: fixed"
+    ):
+        mm.passes.Quantize(placement="measure", scheme="int8-static", samples=8).apply(model, context=context)
 
 
 def test_a_tower_stays_float_where_no_placement_keeps_the_bound(

@@ -14,6 +14,7 @@ import mmcompress as mm
 from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
 from mmcompress.errors import DataError, RecipeError, UnavailableError
+from mmcompress.passes._placement import _check_memory
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.automatic_speech_recognition import AutomaticSpeechRecognition
@@ -194,15 +195,17 @@ def test_a_measured_placement_can_be_used_again_without_measuring(
         assert (again.onnx / path.name).read_bytes() == path.read_bytes()
 
 
-def test_placements_that_do_not_fit_into_memory_together_are_not_opened(
-    model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = psutil.virtual_memory()._replace(available=500_000_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    with pytest.raises(
-        UnavailableError, match=r"need about 1\.\d GB of memory together, and 0\.5 GB are free; set placement: fixed"
-    ):
-        mm.passes.Quantize(placement="measure", scheme="int8-static", samples=8).apply(model, context=context)
+def test_placements_that_do_not_fit_into_memory_together_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [250_000], np.zeros(250_000, np.float32))
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "one", [], [], [weight])), tmp_path / "one.onnx")
+    files = dict.fromkeys(("float32", "static"), tmp_path / "one.onnx")  # 2 times 100 MB and twice 1 MB
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=205_000_000))
+    _check_memory("vision_model", files)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=203_000_000))
+    said = "the 2 files of vision_model that take turns need about 0.2 GB of memory together, and 0.2 GB are free; set placement"
+    with pytest.raises(UnavailableError, match=said):
+        _check_memory("vision_model", files)
 
 
 def test_a_tower_stays_float_where_no_placement_keeps_the_bound(

@@ -278,11 +278,11 @@ def test_layers_begin_to_round_one_after_another(
             seen.append(sum(rounding) / len(rounding))
 
     monkeypatch.setattr(fake, "set_fake_quant", noted)
+    monkeypatch.setattr(Qat, "_export", lambda *_: {})  # slow, and not what this is about
     settings = {**SHORT, "epochs": 4, "switch_on": 0.5}
-    new = Qat(**settings).apply(model, context=context(teacher, workdir=tmp_path))
+    Qat(**settings).apply(model, context=context(teacher, workdir=tmp_path))
     # 32 examples in batches of 16: eight steps, all layers from the fourth on.
     assert seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1], abs=1 / 32)
-    assert new.history[0]["result"]["components"]["vision_model"]["fake_to_float"]["max_abs_difference"] > 0
 
 
 def test_a_tower_that_is_excluded_is_exported_in_float(model: CompressedModel, teacher: CompressedModel, tmp_path: Path) -> None:

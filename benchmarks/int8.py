@@ -99,7 +99,7 @@ def subject(name: str) -> tuple[Family, PreTrainedModel]:
     """A model of a published size with random weights."""
     cls, config, sizes = SUBJECTS[name]
     torch.manual_seed(0)
-    module = cls(config(**sizes)).eval()
+    module = cls(config(**sizes, architectures=[cls.__name__])).eval()
     return family_of(module.config, name), module
 
 
@@ -306,8 +306,8 @@ def prepare(family: Family, module: PreTrainedModel, name: str, work: Path, batc
 
 def components(model: str) -> list[str]:
     """A model's components, without its weights."""
-    _, config, sizes = SUBJECTS[model]
-    shape = config(**sizes)
+    cls, config, sizes = SUBJECTS[model]
+    shape = config(**sizes, architectures=[cls.__name__])
     family = family_of(shape, model)
     return list(family.components(without_weights(family, shape)))
 

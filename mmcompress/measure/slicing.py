@@ -84,7 +84,12 @@ def groups(examples: Examples, kept: np.ndarray, columns: Sequence[str] | None =
         return _made[examples][1]
     found = _classes(examples, kept)
     for name in _fitting_columns(examples) if columns is None else columns:
-        found += by_value(name, _values(examples, name) or [], kept)
+        column = _values(examples, name)
+        if column is not None:
+            found += by_value(name, column, kept)
+        elif name == examples.columns.get("speaker"):  # rows that are made when asked for
+            speakers = [examples.without_media(int(i))["speaker"] for i in kept]
+            found += by_value(name, speakers, np.arange(len(speakers)))
     measured = traits(examples, kept)
     lengths = _text_lengths(examples, kept)
     if lengths is not None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmcompress.data.audio import Audio
 from mmcompress.data.examples import Examples
+from mmcompress.data.sources import load_source
 from mmcompress.data.traits import traits, traits_of
 from mmcompress.errors import DataError
 from mmcompress.measure import gallery
@@ -23,7 +24,7 @@ from mmcompress.measure.quality import load_scores, save_scores
 from mmcompress.measure.slicing import check_columns, groups
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT
-from mmcompress.recipe import make_recipe
+from mmcompress.recipe import Source, make_recipe
 from mmcompress.report.schema_behaviour import Answer, Behaviour, GalleryEntry
 from mmcompress.runtimes.torch_predict import TorchPredict
 from mmcompress.tasks.base import Scores, Task
@@ -180,6 +181,15 @@ def test_slices_come_from_fitting_columns_and_from_those_that_are_named() -> Non
     assert "city" in named
     assert "number" not in named
     assert {g.name for g in groups(data, np.arange(6)) if g.by == "speaker"} == {"speaker s0", "speaker s1"}
+
+
+def test_rows_that_are_made_when_asked_for_have_speakers_too() -> None:
+    data = load_source(Source.model_validate({"path": "bundled:tones", "samples": 30}), "eval", 0)
+    kept = np.arange(3, 27)
+    found = {g.name: g.members for g in groups(data, kept) if g.by == "speaker"}
+    speakers = [data.without_media(int(i))["speaker"] for i in kept]
+    assert set(found) == {f"speaker {one}" for one in speakers}
+    assert all(members.tolist() == [f"speaker {one}" == name for one in speakers] for name, members in found.items())
 
 
 @pytest.mark.parametrize(("column", "said"), [("town", "town"), ("weight", "media or lists"), ("image", "media or lists")])

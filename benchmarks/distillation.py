@@ -80,6 +80,8 @@ class Clock:
 
 def of_ours(name: str, teacher: CompressedModel, examples: Examples, settings: Distill) -> dict[str, float]:
     """The pass's own loop."""
+    if name == "asked":
+        settings = settings.model_copy(update={"teacher_cache_gb": 0.0})  # else the disk would answer
     student = student_of(teacher)
     context = Context(task=guess_task(examples), train=examples, baseline=teacher.clone, device="cpu")
     objective = distillation(settings, student, context, "distill")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,6 +142,7 @@ def _jobs(model: CompressedModel, recipe: Recipe, axes: Sequence[Axis], criterio
     for axis in axes:
         having = [tower for tower in model.family.towers if axis in model.family.tower_axes(tower)]
         cutting = Cutting(axis, criterion, like.round_to, samples=like.samples, batch_size=like.batch_size)
+        cutting = replace(cutting, reconstruct=like.reconstruct and axis in ("ffn", "heads"))
         found += [(cutting, group) for group in together(model.family, axis, having)]
     if model.custom or not found:
         why = "its shapes are custom" if model.custom else f"criterion {criterion} and these axes leave nothing to cut"

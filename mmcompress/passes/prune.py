@@ -70,7 +70,16 @@ class Prune(Pass):
         "examples, such as taylor, read data.train.",
     )
     samples: int = Field(
-        512, ge=8, le=100_000, description="Training examples that the criterion looks at, where it looks at any, 8 to 100000."
+        512,
+        ge=8,
+        le=100_000,
+        description="Training examples that the criterion and `reconstruct` look at, where they look at any, 8 to 100000.",
+    )
+    reconstruct: bool = Field(
+        False,
+        description="For ffn and heads: whether weights and biases of the layers that read the units that stay are fitted by "
+        "least squares, on `samples` training examples, to give what they gave with all units. Takes the place of what a "
+        "criterion such as flap does to biases.",
     )
     batch_size: int = Field(64, ge=2, le=65_536, description="Examples in one batch while scoring, 2 to 65536.")
     scope: Scope = Field(
@@ -97,7 +106,7 @@ class Prune(Pass):
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the criterion here
         """The splits that the pass reads."""
-        return ("train",) if self._reads_examples or self.ratio == "auto" or self.training else ()
+        return ("train",) if self._reads_examples or self.reconstruct or self.ratio == "auto" or self.training else ()
 
     @property
     def _reads_examples(self) -> bool:
@@ -141,6 +150,10 @@ class Prune(Pass):
             raise ValueError(
                 f"scope: tower ranks units over layers, and {self.axis} is one choice for the tower; leave scope out"
             )
+        if self.reconstruct and self.axis not in ("ffn", "heads"):
+            raise ValueError(
+                f"reconstruct: fits what reads units of ffn and heads; a cut of {self.axis} leaves nothing to fit; leave it out"
+            )
         if self.heads == "narrower" and self.axis != "width":
             raise ValueError(f"heads: narrower is for axis: width; with axis: {self.axis} leave it out")
         axes = registry.stated("criteria", self.criterion, "axes", (self.axis,))
@@ -162,7 +175,7 @@ class Prune(Pass):
 
         per_layer = self.ratio == "auto" and self.allow_custom and self.axis in ("ffn", "heads")
         scope: Scope = "tower" if per_layer else self.scope
-        how = (self.round_to, scope, self.allow_custom, self.samples, self.batch_size, self.heads)
+        how = (self.round_to, scope, self.allow_custom, self.samples, self.batch_size, self.heads, self.reconstruct)
         return Cutting(self.axis, self.criterion, *how)
 
     def _shares(self, sizes: Mapping[str, Mapping[str, Any]]) -> Shares:

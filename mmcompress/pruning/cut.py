@@ -22,6 +22,7 @@ from mmcompress.errors import ModelError, TrainingError
 from mmcompress.families.base import Coupled, Family, UnitGroup
 from mmcompress.model import CompressedModel, reshape_like
 from mmcompress.pruning.criteria.base import Criterion, Cut, Probe
+from mmcompress.pruning.reconstruct import reconstruct
 from mmcompress.pruning.units import CoupledGroup, Shares, Slice, Tap
 
 
@@ -240,8 +241,11 @@ def choose_over_tower(scores: Sequence[torch.Tensor], total: int, step: int, one
     return [best(own, count) for own, count in zip(scores, counts, strict=True)]
 
 
-def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe) -> dict[str, Any]:
-    """Cuts FFN units, heads or the residual width of ``model`` in place; returns the criterion's facts for the report.
+def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, probe: Probe, fit: bool = False) -> dict[str, Any]:
+    """Cuts FFN units, heads or the residual width of ``model`` in place; returns facts for the report.
+
+    Args:
+        fit: whether readers are fitted by least squares; else the criterion makes up for what goes, if it does.
 
     Raises:
         ModelError: the graph does not couple the units as they must be.
@@ -265,7 +269,8 @@ def prune_units(model: CompressedModel, shares: Shares, criterion: Criterion, pr
         own = [(c, s) for c, s in zip(coupled, scores, strict=True) if c.group.tower == tower]
         chosen = _choose(own, tower, shares, criterion.one_scale)
         cuts[tower] = [Cut(c, tuple(keep)) for (c, _), keep in zip(own, chosen, strict=True)]
-    facts = criterion.compensate([cut for own in cuts.values() for cut in own], probe)
+    every = [cut for own in cuts.values() for cut in own]
+    facts = reconstruct(every, probe) if fit else criterion.compensate(every, probe)
     for tower, graph in graphs.items():
         for cut in cuts[tower]:
             cut_units(graph, cut.group.group, cut.keep)

@@ -31,6 +31,7 @@ class Cutting:
         criterion: its name.
         samples: how many examples the criterion reads at most.
         batch_size: how many of them at once.
+        reconstruct: whether readers are fitted by least squares; see `pruning.reconstruct`.
     """
 
     axis: Axis
@@ -41,6 +42,7 @@ class Cutting:
     samples: int = 512
     batch_size: int = 64
     heads: Heads = "fewer"
+    reconstruct: bool = False
 
     def shares(self, ratios: Mapping[str, float]) -> Shares:
         """How much is cut where."""
@@ -76,7 +78,7 @@ class Cutting:
         """
         judge = criterion if criterion is not None else self.find()
         probe = Probe(model, context.seed, samples=self.samples, batch_size=self.batch_size, reporter=context.reporter)
-        if judge.needs_data:
+        if judge.needs_data or self.reconstruct:
             probe.task = context.need_task("prune")
             probe.examples = examples if examples is not None else context.need_train("prune")
             probe.device = pick_device(context.device)
@@ -85,7 +87,7 @@ class Cutting:
         if self.axis == "depth":
             facts["kept_layers"] = cut.prune_layers(model, shares, judge, probe)
         else:
-            facts |= cut.prune_units(model, shares, judge, probe)
+            facts |= cut.prune_units(model, shares, judge, probe, self.reconstruct)
         cut.rebuild(model, self.allow_custom)
         return facts
 

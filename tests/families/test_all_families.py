@@ -203,12 +203,11 @@ def test_width_with_narrower_heads(name: str, tmp_path: Path) -> None:
 def test_prune_by_data(name: str, tmp_path: Path) -> None:
     model = made(name)
     towers = [t for t in model.family.towers if "ffn" in model.family.tower_axes(t)]
-    for criterion in ("taylor", "activation"):
-        step = passes.Prune(
-            axis="ffn", ratio=dict.fromkeys(towers, 0.5), criterion=criterion, round_to=1, samples=16, batch_size=8
-        )
+    for how in ({"criterion": "taylor"}, {"criterion": "activation"}, {"reconstruct": True}):
+        step = passes.Prune(axis="ffn", ratio=dict.fromkeys(towers, 0.5), **how, round_to=1, samples=16, batch_size=8)
         pruned, facts = step.run(model, context(name))
         assert facts["parameters"] != {}
+    assert 0 <= facts["not_made_up_for"] < 1
     check_stock(pruned, tmp_path / "model")
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,6 +46,14 @@ HERE = Path(__file__).parent
 COLOURS = ["red", "green", "blue", "yellow", "purple", "white"]
 VOCABULARY, BEGIN, END = 49408, 49406, 49407
 """CLIP's: the text tower pools at the token with this id."""
+
+PEAK = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(done.returncode)
+"""
+"""Runs a command and prints its peak memory; in a process of its own, as Linux counts what the parent of a process held too."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -99,12 +107,11 @@ def olive(python: str, whole: CompressedModel, context: Context, step: mm.passes
             words = [python, str(HERE / "int8_others.py"), "olive-static"]
             words += [str(work / one) for one in ("float.onnx", "calibration.npz", "olive.onnx")]
             start = time.monotonic()
-            child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=work)
-            _, status, usage = os.wait4(child.pid, 0)
+            done = subprocess.run([sys.executable, "-c", PEAK, *words], stdout=subprocess.PIPE, text=True, check=False, cwd=work)
             spent += time.monotonic() - start
-            if status or not (work / "olive.onnx").exists():
+            if done.returncode or not (work / "olive.onnx").exists():
                 raise SystemExit(f"Olive failed on {name}")
-            peak = max(peak, usage.ru_maxrss * 1024)
+            peak = max(peak, float(done.stdout))
     return {"seconds": spent, "export_seconds": export, "peak_memory_bytes": peak}
 
 

@@ -24,6 +24,7 @@ from mmcompress.errors import ModelError
 from mmcompress.pruning.criteria.base import Cut, Probe, Watch
 
 DAMPING = 1e-4
+"""Share of the kept channels' mean variance: enough for channels that repeat each other or stand still."""
 
 
 def reconstruct(cuts: Sequence[Cut], probe: Probe) -> dict[str, Any]:
@@ -46,26 +47,33 @@ def reconstruct(cuts: Sequence[Cut], probe: Probe) -> dict[str, Any]:
                 raise ModelError(f"prune: reconstruct: what reads {cut.group.group.name} is a {what}; allowed: Linear")
             _, _, channels = gone.setdefault(id(tap.module), (tap.module, cut.group.group.tower, set()))
             channels.update(tap.index[torch.isin(tap.unit, drop)].tolist())
-    watched = [Watch(tower, reader, _moments) for reader, tower, _ in gone.values()]
-    totals: list[torch.Tensor] = []
+    sums = [_Moments(reader.in_features) for reader, _, _ in gone.values()]
+    watched = [Watch(tower, reader, own.add) for (reader, tower, _), own in zip(gone.values(), sums, strict=True)]
     probe.model.module.to(probe.device)
-    for found in probe.observe(watched) if watched else ():
-        totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else list(found)
+    for _ in probe.observe(watched) if watched else ():
+        pass
     probe.model.module.to("cpu")
     given = left = 0.0
     bare = 0
-    for (reader, _, channels), total in zip(gone.values(), totals, strict=True):
-        before, after = _fit(reader, sorted(channels), total)
+    for (reader, _, channels), own in zip(gone.values(), sums, strict=True):
+        before, after = _fit(reader, sorted(channels), own.total)
         given, left, bare = given + before, left + after, bare + (reader.bias is None)
     share = left / given if given > 0 else 0.0
     return {"reconstructed": len(gone), "readers_without_bias": bare, "not_made_up_for": share}
 
 
-def _moments(given: torch.Tensor, made: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The sum over real tokens of [1, x] [1, x]^T, (1 + C, 1 + C), in double precision on the CPU."""
-    tokens = (given.flatten(0, 1) if mask is None else given[mask]).cpu().double()
-    rows = torch.cat([tokens.new_ones(len(tokens), 1), tokens], 1)
-    return rows.T @ rows
+class _Moments:
+    """The sum over real tokens of [1, x] [1, x]^T, (1 + C, 1 + C), in double precision on the CPU; held once."""
+
+    def __init__(self, channels: int) -> None:
+        self.total = torch.zeros(1 + channels, 1 + channels, dtype=torch.float64)
+
+    def add(self, given: torch.Tensor, made: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Adds what a reader was given in one batch; what is returned says nothing."""
+        tokens = (given.flatten(0, 1) if mask is None else given[mask]).cpu().double()
+        rows = torch.cat([tokens.new_ones(len(tokens), 1), tokens], 1)
+        self.total.addmm_(rows.T, rows)
+        return tokens.new_zeros(())
 
 
 def _fit(reader: nn.Linear, gone: Sequence[int], total: torch.Tensor) -> tuple[float, float]:
@@ -73,7 +81,7 @@ def _fit(reader: nn.Linear, gone: Sequence[int], total: torch.Tensor) -> tuple[f
 
     Args:
         gone: the cut channels.
-        total: as `_moments`.
+        total: as `_Moments` has it.
     """
     drop = set(gone)
     keep = [channel for channel in range(reader.in_features) if channel not in drop]

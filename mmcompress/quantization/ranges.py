@@ -156,7 +156,7 @@ def _extremes(prepared: Path, feeds: Iterable[Feeds]) -> Ranges:
     return Ranges({n: Range(a, b) for n, a, b in zip(tensors, low, high, strict=True) if a <= b}, rows)
 
 
-AT_ONCE = 16
+AT_ONCE = 4
 """Examples that the float graph is run on at a time: with all of its tensors seen it keeps all of them in memory."""
 _LEAST, _MOST = "/calibration_min", "/calibration_max"
 

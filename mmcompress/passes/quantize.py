@@ -123,7 +123,7 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _algorithm_has_weights(self) -> Self:
-        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
+        schemes = self._schemes()
         rounded = any(scheme.endswith("weight-only") for scheme in schemes)
         # One int8 scheme for a whole model gives decoders int8 weights alone.
         if self.algorithm not in OURS and self.backend == "mmcompress":
@@ -138,7 +138,7 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _quality_has_int8(self) -> Self:
-        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
+        schemes = self._schemes()
         asked = {
             "calibration": self.calibration != "min-max",
             "smooth": self.smooth != "off",
@@ -160,15 +160,17 @@ class Quantize(Pass):
 
     def weight_bytes(self) -> float:
         """Bytes of one weight; of the widest where towers differ."""
-        schemes = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
-        return max(WEIGHT_BYTES[scheme] for scheme in schemes)
+        return max(WEIGHT_BYTES[scheme] for scheme in self._schemes())
+
+    def _schemes(self) -> list[Scheme]:
+        """All that are asked for."""
+        return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         """What is wrong with ``algorithm`` and int8-static under ``backend`` on this machine."""
         if self.backend != "neural-compressor":
             return []
-        schemes = [self.scheme] if isinstance(self.scheme, str) else self.scheme.values()
-        static = "int8-static" in schemes
+        static = "int8-static" in self._schemes()
         wrong = backend_mistakes(self.algorithm, static)
         if static and reduced(self.reduce_range):
             wrong.append(OVERFLOWS)

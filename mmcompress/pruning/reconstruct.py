@@ -20,8 +20,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mmcompress.errors import ModelError
-from mmcompress.pruning.criteria.base import Cut, Probe, Watch
+from mmcompress.pruning.criteria.base import Cut, Probe, Watch, linear_reader
 
 DAMPING = 1e-4
 """Share of the kept channels' mean variance: enough for channels that repeat each other or stand still."""
@@ -42,10 +41,8 @@ def reconstruct(cuts: Sequence[Cut], probe: Probe) -> dict[str, Any]:
     for cut in cuts:
         drop = torch.tensor(cut.drop, dtype=torch.long)
         for tap in cut.group.taps if len(drop) else ():
-            if tap.side != "input" or not isinstance(tap.module, nn.Linear):
-                what = type(tap.module).__name__
-                raise ModelError(f"prune: reconstruct: what reads {cut.group.group.name} is a {what}; allowed: Linear")
-            _, _, channels = gone.setdefault(id(tap.module), (tap.module, cut.group.group.tower, set()))
+            reader = linear_reader(cut.group, tap, "reconstruct")
+            _, _, channels = gone.setdefault(id(reader), (reader, cut.group.group.tower, set()))
             channels.update(tap.index[torch.isin(tap.unit, drop)].tolist())
     sums = [_Moments(reader.in_features) for reader, _, _ in gone.values()]
     watched = [Watch(tower, reader, own.add) for (reader, tower, _), own in zip(gone.values(), sums, strict=True)]

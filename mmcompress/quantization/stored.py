@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from mmcompress.quantization.naming import is_meant, module_path
+from mmcompress.quantization.onnx_graph import MIN_TABLE_BYTES
 
-MIN_BYTES = 65_536
-"""As for embedding tables: smaller constants stay float."""
 MIN_SHARE = 0.01
 """Added constants below this share of a file's float weights stay float: nothing would be seen of it."""
 
@@ -59,7 +58,7 @@ def store_constants(
 def _axis(node: onnx.NodeProto, place: int, tensor: onnx.TensorProto, float_bytes: int) -> int | None:
     """The axis of a constant's scales, or None where it stays as it is."""
     size = 4 * int(np.prod(tensor.dims))
-    if tensor.data_type != onnx.TensorProto.FLOAT or size < MIN_BYTES:
+    if tensor.data_type != onnx.TensorProto.FLOAT or size < MIN_TABLE_BYTES:
         return None
     if node.op_type == "Conv" and place == 1:
         return 0

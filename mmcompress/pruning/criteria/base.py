@@ -31,7 +31,7 @@ from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError
 from mmcompress.families.base import BESIDE_INPUTS
 from mmcompress.model import CompressedModel
 from mmcompress.progress import SILENT, Reporter
-from mmcompress.pruning.units import CoupledGroup, axis_mistake
+from mmcompress.pruning.units import CoupledGroup, Tap, axis_mistake
 from mmcompress.tasks.base import Task
 
 Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -241,6 +241,20 @@ class Probe:
             return {}
         parts = self.model.family.components(self.model.module).values()
         return {part.tower: batch["attention_mask"].bool() for part in parts if "attention_mask" in part.inputs}
+
+
+def linear_reader(group: CoupledGroup, tap: Tap, who: str) -> nn.Linear:
+    """The Linear layer that a tap looks at from its input side.
+
+    Args:
+        who: asks, for the error.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if tap.side != "input" or not isinstance(tap.module, nn.Linear):
+        raise ModelError(f"prune: {who}: what reads {group.group.name} is a {type(tap.module).__name__}; allowed: Linear")
+    return tap.module
 
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,9 +21,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mmcompress.errors import ModelError
-from mmcompress.pruning.criteria.base import Criterion, Cut, Probe, Watch
-from mmcompress.pruning.units import CoupledGroup, Tap
+from mmcompress.pruning.criteria.base import Criterion, Cut, Probe, Watch, linear_reader
+from mmcompress.pruning.units import CoupledGroup
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Flap(Criterion):
         if groups and groups[0].group.axis not in self.axes:
             raise self.refuse(groups[0].group.axis)
         taps = [(number, tap) for number, group in enumerate(groups) for tap in group.taps]
-        readers = [_reader(groups[number], tap) for number, tap in taps]
+        readers = [linear_reader(groups[number], tap, "flap") for number, tap in taps]
         watched = [Watch(groups[number].group.tower, tap.module, _moments) for number, tap in taps]
         totals: list[_Moments] = []
         for found in probe.observe(watched):
@@ -77,7 +76,7 @@ class Flap(Criterion):
         for cut in cuts:
             gone = torch.tensor(cut.drop, dtype=torch.long)
             for tap in cut.group.taps if len(gone) else ():
-                reader = _reader(cut.group, tap)
+                reader = linear_reader(cut.group, tap, "flap")
                 bias = cast("torch.Tensor | None", reader.bias)
                 if bias is None:
                     bare.append(cut.group.group.name)
@@ -93,12 +92,6 @@ class Flap(Criterion):
                 "makes up for the mean of what is cut there; no stock config gives them one"
             )
         return {"compensated_biases": done, "readers_without_bias": len(bare)}
-
-
-def _reader(group: CoupledGroup, tap: Tap) -> nn.Linear:
-    if tap.side != "input" or not isinstance(tap.module, nn.Linear):
-        raise ModelError(f"prune: flap: what reads {group.group.name} is a {type(tap.module).__name__}; allowed: Linear")
-    return tap.module
 
 
 def _moments(given: torch.Tensor, made: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ PLAIN = (bool, int, float, str, tuple, type(None))
 def folder() -> Path:
     """One for all processes of a session."""
     session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    return Path(tempfile.gettempdir()) / f"mmcompress-tests-exports-{session}"
+    found = Path(tempfile.gettempdir()) / f"mmcompress-tests-exports-{session}"
+    found.mkdir(exist_ok=True)
+    return found
 
 
 def remembered(export: Export) -> Export:
@@ -37,15 +40,18 @@ def remembered(export: Export) -> Export:
         if name is None:
             export(component, example_inputs, path, **settings)
             return
-        kept = folder() / f"{name}.onnx"
-        if not kept.exists():
-            export(component, example_inputs, path, **settings)
-            kept.parent.mkdir(exist_ok=True)
-            scratch = kept.with_suffix(f".{os.getpid()}")
-            shutil.copyfile(path, scratch)
-            scratch.replace(kept)
+        kept = folder() / f"{name}-{path.name}"  # the graph holds the name of the file of its weights
+        if kept.is_dir():
+            for part in kept.iterdir():
+                shutil.copyfile(part, path.with_name(part.name))
             return
-        shutil.copyfile(kept, path)
+        export(component, example_inputs, path, **settings)
+        scratch = Path(tempfile.mkdtemp(dir=folder()))
+        for part in (path, path.with_name(f"{path.name}_data")):
+            if part.exists():
+                shutil.copyfile(part, scratch / part.name)
+        with suppress(OSError):  # another process has just made the same
+            scratch.rename(kept)
 
     return once
 

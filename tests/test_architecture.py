@@ -21,6 +21,7 @@ LEVELS = [
         "robustness_settings",
         "environment",
         "context",
+        "heap",
         "politeness",
         "processes",
     },

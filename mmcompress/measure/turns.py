@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from mmcompress.errors import UnavailableError
 from mmcompress.families.base import Call
+from mmcompress.heap import STEADY
 from mmcompress.measure.energy import Counters
 from mmcompress.measure.neighbours import Neighbours
 from mmcompress.politeness import environment_for_timing
@@ -33,9 +34,6 @@ from mmcompress.politeness import environment_for_timing
 WORKER = "mmcompress.measure.worker"
 SPIN_SECONDS = {"torch": 0.015, "onnxruntime": 0.045, "openvino": 0.045}
 """How long the threads of a runtime go on spinning after a call, at the most: only after that the next one is timed."""
-STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-"""Has glibc keep memory that was freed. By default it depends on what happens to lie at the end of the heap whether every call
-gets its memory anew from the kernel, page by page, and two processes of one file differ by a tenth."""
 
 Message = dict[str, Any]
 
@@ -112,7 +110,7 @@ class InAProcess:
         # The number of threads is set in the environment too: some pools read it only when they are loaded.
         env = {
             **environment_for_timing(),
-            **STEADY_HEAP,
+            **STEADY,  # else two processes of one file differ by a tenth
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",

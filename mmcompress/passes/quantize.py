@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from mmcompress.context import Context
 from mmcompress.errors import DataError, RecipeError
+from mmcompress.heap import give_back_blocks
 from mmcompress.passes._int8 import ReduceRange, reduced
 from mmcompress.passes._keeping import (
     BiasField,
@@ -240,13 +241,16 @@ class Quantize(Pass):
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {}
+        give_back_blocks(sum(p.nbytes for p in model.module.parameters()))
         parts, narrow = model.family.components(model.module), reduced(self.reduce_range)
         self._check_names(model.family, parts)
         self._check_decoders(model.family, parts)
         for name, part in context.reporter.track(parts.items(), "exporting", len(parts)):
             scheme, _ = scheme_of(self.scheme, name, part.tower, part.decoder)
-            where = folder if scheme == "float32" else scratch
-            export_component(part, model.family.example_inputs(model.module.config, part, 2), where / f"{name}.onnx")
+            kept = scheme == "float32"
+            target = (folder if kept else scratch) / f"{name}.onnx"
+            example = model.family.example_inputs(model.module.config, part, 2)
+            export_component(part, example, target, beside=not kept)
         works = self._works(parts, scratch, folder, narrow, model, context)
         for name, part in context.reporter.track(parts.items(), "quantizing", len(parts)):
             scheme, suffix = scheme_of(self.scheme, name, part.tower, part.decoder)
@@ -263,10 +267,10 @@ class Quantize(Pass):
                 found = made
                 ranges = "from calibration" if place.startswith("static") else "at run time"
                 facts |= {"placement": place, "ranges": ranges}
-                work.ready.unlink(missing_ok=True)
+                onnx_graph.remove(work.ready)
             else:
                 found = self._quantize(scheme, source, target, part, self._feeds(model, context, name))
-            source.unlink(missing_ok=True)
+            onnx_graph.remove(source)
             result[name] = {**facts, **asdict(found)}
         for pattern in (*self.include, *self.exclude):
             # Each component is quantized by itself: only a pattern that no component knows is a mistake.

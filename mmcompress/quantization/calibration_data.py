@@ -69,11 +69,12 @@ class CalibrationJudge:
 
     def _media(self, seen: _Input, values: NDArray[Any]) -> None:
         _remember(seen, values)
-        rows = values.reshape(len(values), values.shape[1], -1, values.shape[-1]).astype(np.float64)
-        left, right = rows[..., :-1], rows[..., 1:]
-        terms = (left * 0 + 1, left, right, left * right, left**2, right**2)
-        sums = np.stack([term.sum(axis=(0, 2, 3)) for term in terms])  # (6, second axis)
-        seen.sums = sums if seen.sums is None or seen.sums.shape != sums.shape else seen.sums + sums
+        for example in values:  # in float64 and six times: one at a time
+            rows = example.reshape(len(example), -1, example.shape[-1]).astype(np.float64)
+            left, right = rows[..., :-1], rows[..., 1:]
+            terms = (left * 0 + 1, left, right, left * right, left**2, right**2)
+            sums = np.stack([term.sum(axis=(1, 2)) for term in terms])  # (6, second axis)
+            seen.sums = sums if seen.sums is None or seen.sums.shape != sums.shape else seen.sums + sums
 
     def _texts(self, seen: _Input, ids: NDArray[Any], mask: NDArray[Any] | None) -> None:
         lengths = np.full(len(ids), ids.shape[1]) if mask is None or mask.shape != ids.shape else mask.sum(axis=1)

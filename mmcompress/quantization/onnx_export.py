@@ -55,7 +55,12 @@ class ComponentSpec(Protocol):
 
 
 def export_component(
-    component: ComponentSpec, example_inputs: Mapping[str, torch.Tensor], path: Path, *, opset: int = DEFAULT_OPSET
+    component: ComponentSpec,
+    example_inputs: Mapping[str, torch.Tensor],
+    path: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    beside: bool = False,
 ) -> None:
     """Writes a component as one ONNX file, with the batch (and what else is named) left open.
 
@@ -69,6 +74,7 @@ def export_component(
             size of 0 or 1 for a constant.
         path: Where to write.
         opset: Version of the default operator set.
+        beside: Whether weights lie in `<path>_data` whatever their size: a file that others are made from is read without them.
 
     Raises:
         ValueError: An input is missing or unknown, or a dynamic axis has a size below 2.
@@ -97,12 +103,12 @@ def export_component(
     _name_axes(component, program.model.graph)
     _name_nodes(program.model.graph)
     _strip_metadata(program.model)
-    _save(program.model, path)
+    _save(program.model, path, beside)
 
 
-def _save(model: onnx_ir.Model, path: Path) -> None:
+def _save(model: onnx_ir.Model, path: Path, beside: bool) -> None:
     values = dict(model.graph.initializers)
-    if _weight_bytes(model.graph) > EXTERNAL_DATA_LIMIT_BYTES:
+    if beside or _weight_bytes(model.graph) > EXTERNAL_DATA_LIMIT_BYTES:
         onnx_ir.save(model, path, external_data=f"{path.name}{EXTERNAL_DATA_SUFFIX}")
         return
     model.graph.initializers.clear()

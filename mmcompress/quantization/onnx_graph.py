@@ -25,10 +25,7 @@ MIN_TABLE_BYTES = 65_536
 
 def file_bytes(path: Path) -> int:
     """Size of an ONNX file together with the external data beside it, in bytes."""
-    folder = path.parent
-    model = onnx.load(path, load_external_data=False)
-    data = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
-    return sum(part.stat().st_size for part in (path, *(folder / name for name in data)))
+    return sum(part.stat().st_size for part in (path, *_beside(path)))
 
 
 def is_large(path: Path) -> bool:
@@ -50,15 +47,25 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 def move(source: Path, target: Path) -> None:
     """Moves a file; weights that lie beside it go with it, and their file is renamed after the new name."""
-    model = onnx.load(source, load_external_data=False)
-    beside = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
-    if beside:
+    if _beside(source):
         save(onnx.load(source), target)
-        for name in beside:
-            (source.parent / name).unlink()
-        source.unlink()
+        remove(source)
     else:
         shutil.move(source, target)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, and the weights that lie beside it."""
+    if path.exists():
+        for data in (*_beside(path), path):
+            data.unlink()
+
+
+def _beside(path: Path) -> list[Path]:
+    """The files that hold a model's weights outside of it."""
+    model = onnx.load(path, load_external_data=False)
+    names = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    return [path.parent / name for name in sorted(names)]
 
 
 def prepare(source: Path, target: Path, *, patches: bool = True, rows: bool = True) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.clipping import by_entropy, by_mse, by_percentile
+from mmcompress.quantization.graph_edit import GraphEdit
 from mmcompress.quantization.histogram import Histogram
 from mmcompress.quantization.schemes import Calibration
 from mmcompress.quantization.watching import Feeds as Feeds
@@ -133,11 +134,7 @@ def _extremes(prepared: Path, feeds: Iterable[Feeds]) -> Ranges:
     model = onnx.load(prepared, load_external_data=False)
     inputs = tuple(value.name for value in model.graph.input)
     tensors = activations(model)
-    for name in tensors:
-        for kind, end in (("ReduceMin", _LEAST), ("ReduceMax", _MOST)):
-            # Without keepdims ONNX Runtime refuses tensors without elements.
-            model.graph.node.append(helper.make_node(kind, [name], [f"{name}{end}"], f"{name}{end}", keepdims=1))
-            model.graph.output.append(helper.make_tensor_value_info(f"{name}{end}", TensorProto.FLOAT, None))
+    _reduce(model, tensors)
     session = open_watched(model, prepared)
     wanted = [f"{name}{end}" for name in tensors for end in (_LEAST, _MOST)]
     low = np.full(len(tensors), np.inf, dtype=np.float32)
@@ -156,8 +153,30 @@ def _extremes(prepared: Path, feeds: Iterable[Feeds]) -> Ranges:
     return Ranges({n: Range(a, b) for n, a, b in zip(tensors, low, high, strict=True) if a <= b}, rows)
 
 
-AT_ONCE = 4
-"""Examples that the float graph is run on at a time: with all of its tensors seen it keeps all of them in memory."""
+def _reduce(model: onnx.ModelProto, tensors: Iterable[str]) -> None:
+    """Adds the extremes of tensors to a graph, in place, each right behind what makes the tensor: then it need not be kept."""
+    graph, left = model.graph, set(tensors)
+    nodes: list[onnx.NodeProto] = []
+
+    def seen(names: Iterable[str]) -> None:
+        for name in names:
+            if name in left:
+                left.remove(name)
+                for kind, end in (("ReduceMin", _LEAST), ("ReduceMax", _MOST)):
+                    # Without keepdims ONNX Runtime refuses tensors without elements.
+                    nodes.append(helper.make_node(kind, [name], [f"{name}{end}"], f"{name}{end}", keepdims=1))
+                    graph.output.append(helper.make_tensor_value_info(f"{name}{end}", TensorProto.FLOAT, None))
+
+    seen(value.name for value in graph.input)
+    for node in graph.node:
+        nodes.append(GraphEdit.copy(node))
+        seen(node.output)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+AT_ONCE = 16
+"""Examples that the float graph is run on at a time."""
 _LEAST, _MOST = "/calibration_min", "/calibration_max"
 
 

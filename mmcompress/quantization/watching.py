@@ -55,6 +55,10 @@ def open_watched(model: onnx.ModelProto, prepared: Path) -> Any:
     options = ort.SessionOptions()
     # What fuses operators does away with tensors that are to be seen.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # The arena would keep the most of every size that was ever asked for.
+    options.enable_cpu_mem_arena = False
+    # The order of the file. The default one runs all that lies between inputs and outputs before what else was asked for.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
     return ort.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
 

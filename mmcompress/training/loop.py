@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from mmcompress.context import Context
 from mmcompress.data.prepare import WORDS
 from mmcompress.errors import RecipeError, TrainingError
+from mmcompress.heap import give_back_blocks, keeping_blocks
 from mmcompress.model import CompressedModel
 from mmcompress.quantization.onnx_export import eager_attention
 from mmcompress.training import parallel
@@ -24,7 +25,7 @@ from mmcompress.training.augment_settings import OF_IMAGES, OF_SOUNDS
 from mmcompress.training.device import pick_device, pick_precision
 from mmcompress.training.feed import Feed
 from mmcompress.training.holdout import Watch, hold_out
-from mmcompress.training.memory import give_back_blocks, lean_gradients
+from mmcompress.training.memory import lean_gradients
 from mmcompress.training.objective import Objective
 from mmcompress.training.schedule import count_steps
 from mmcompress.training.settings import TrainingSettings
@@ -73,12 +74,16 @@ def train(
     feed, held = _feeds(model, context, settings, what)
     plan = Plan(what, count_steps(settings, feed.steps_per_epoch), context.seed, device, precision, span)
     home = next(model.module.parameters()).device
-    give_back_blocks(model.module)
+    large = give_back_blocks(sum(p.nbytes for p in model.module.parameters()))
+    blocks = nullcontext() if large else keeping_blocks()
     began = time.perf_counter()
     # For the whole training: checkpointing runs layers again in the backward pass, and they must do the same.
     eager = eager_attention(model.module) if "attentions" in objective.needs else nullcontext()
     rows = lean_gradients(model.module, device)
-    with _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what), eager, rows:
+    modes = _seeded(context.seed, device), _frozen(model, settings, what), _checkpointing(model, settings, what)
+    with ExitStack() as stack:
+        for one in (blocks, *modes, eager, rows):
+            stack.enter_context(one)
         objective.start(device, precision)
         parallel.copy_main([*model.module.parameters(), *model.module.buffers(), *objective.parameters()])
         runner = Runner(model, objective, settings, plan)

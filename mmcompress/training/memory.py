@@ -5,18 +5,10 @@ and there while activations still are. Here it is the rows alone until the backw
 to the embedding, autograd holds the gradient three times for a moment: the layer's own, the table, and their sum (318 MB of a
 Whisper base's 290 MB of weights). Here the rows are added to the layer's, which itself waits for the end of the backward pass
 where the tokens are so few that what it is the product of is smaller: 3 MB of 106 for 16 tokens.
-
-glibc's malloc raises the size from which blocks come from the kernel, and go back there, up to 32 MB. Activations below that are
-then carved out of one heap, where each layer's leave holes that the next ones do not fit into: fine-tuning a Whisper base held
-0.4 GB of 2.9 that nobody used. With a fixed limit their memory goes back at once. That costs the kernel's time for new pages:
-a tenth of the processor time of a ViLT, a fifth of a small model's. So only models whose memory may not fit pay it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,27 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LARGE_BYTES = 200_000_000
-"""Of weights: from here on memory counts more than a tenth of the time."""
-BLOCK_BYTES = 2**18
-"""The hidden states of 85 tokens of width 768 in float32; with 1 MB a ViLT with two pictures kept 0.2 GB of them."""
-_M_MMAP_THRESHOLD = -3
-_SAID_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
-"""Variables that say that the user chose how memory is managed."""
-
-
-def give_back_blocks(module: nn.Module) -> bool:
-    """Has this process give blocks of 256 KB and more back when they are freed, from now on, if it trains a large model.
-
-    Does nothing on other C libraries than glibc, or where the user has said how memory is managed.
-
-    Returns:
-        Whether it does so now.
-    """
-    weights = sum(p.nbytes for p in module.parameters())
-    if weights < LARGE_BYTES or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SAID_BY_USER):
-        return False
-    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, BLOCK_BYTES))
+from mmcompress.heap import BLOCK_BYTES
 
 
 @contextmanager

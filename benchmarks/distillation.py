@@ -1,11 +1,15 @@
 """Distillation's steps per second: answers of the teacher found on disk, the teacher asked each time, and a bare PyTorch loop.
 
-    python benchmarks/distillation.py [--model MODEL] [--data DATA] [--rounds 3] [--threads 1] [--out results.json]
+    python benchmarks/distillation.py [--model MODEL] [--data DATA] [--rounds 3] [--threads 1] [--ratio 0.5] [--out R]
 
 ``warm`` is the pass `distill` with a filled cache, ``asked`` the same loop whose teacher forgets everything after each step, and
 ``bare`` a loop of the same arithmetic (batches, losses, AdamW, clipping, precision) over tensors that are all in memory before it
-begins. Each runs in a process of its own, in interleaved rounds. The first epoch, in which pictures are decoded, is not counted
-but printed. Prints medians over the rounds with their spread, and ratios within a round; writes the same as JSON. A ratio of
+begins. The student lacks half of the FFN units of the tower that sees, or ``--ratio`` of them (0.77 is the half size of
+`recovery.py`). The larger it is beside the teacher, the less a cache can save: a step costs about three forward passes of the
+student, and asking one of the teacher.
+
+Each runs in a process of its own, in interleaved rounds. The first epoch, in which pictures are decoded, is not counted but
+printed. Prints medians over the rounds with their spread, and ratios within a round; writes the same as JSON. A ratio of
 processor time knows less of what else the machine does than one of wall time.
 """
 
@@ -49,10 +53,10 @@ CONTENDERS = ("warm", "asked", "bare")
 CPU = torch.device("cpu")
 
 
-def student_of(teacher: CompressedModel) -> CompressedModel:
-    """Half of the FFN units of the tower that sees or hears."""
+def student_of(teacher: CompressedModel, ratio: float) -> CompressedModel:
+    """Without that share of the FFN units of the tower that sees or hears."""
     tower = next(name for name in teacher.family.towers if name != "text")
-    return Prune(axis="ffn", ratio={tower: 0.5}).apply(teacher)
+    return Prune(axis="ffn", ratio={tower: ratio}).apply(teacher)
 
 
 class Clock:
@@ -78,11 +82,11 @@ class Clock:
         }
 
 
-def of_ours(name: str, teacher: CompressedModel, examples: Examples, settings: Distill) -> dict[str, float]:
+def of_ours(name: str, teacher: CompressedModel, examples: Examples, settings: Distill, ratio: float) -> dict[str, float]:
     """The pass's own loop."""
     if name == "asked":
         settings = settings.model_copy(update={"teacher_cache_gb": 0.0})  # else the disk would answer
-    student = student_of(teacher)
+    student = student_of(teacher, ratio)
     context = Context(task=guess_task(examples), train=examples, baseline=teacher.clone, device="cpu")
     objective = distillation(settings, student, context, "distill")
     asked = objective.teacher
@@ -101,9 +105,9 @@ def of_ours(name: str, teacher: CompressedModel, examples: Examples, settings: D
     return {**clock.rates(steps, settings.batch_size), "data_seconds": context.facts["data_seconds"], **asked.facts()}
 
 
-def of_bare(teacher: CompressedModel, examples: Examples, settings: Distill) -> dict[str, float]:
+def of_bare(teacher: CompressedModel, examples: Examples, settings: Distill, ratio: float) -> dict[str, float]:
     """Everything in memory, then nothing but arithmetic; our modules of losses, none of our loop, feed or teacher."""
-    student, task = student_of(teacher), guess_task(examples)
+    student, task = student_of(teacher, ratio), guess_task(examples)
     precision = pick_precision(settings.precision, CPU)
     size, count = settings.batch_size, len(examples)
     per_epoch = count // size
@@ -153,13 +157,15 @@ def child(given: argparse.Namespace) -> dict[str, float]:
     examples = load_source(Source.model_validate({"path": given.data, "samples": given.samples}), "train", 0)
     settings = Distill(batch_size=given.batch_size, epochs=given.epochs, precision=given.precision)
     teacher = mm.load(given.model)
-    return of_bare(teacher, examples, settings) if given.only == "bare" else of_ours(given.only, teacher, examples, settings)
+    if given.only == "bare":
+        return of_bare(teacher, examples, settings, given.ratio)
+    return of_ours(given.only, teacher, examples, settings, given.ratio)
 
 
 def run_child(name: str, given: argparse.Namespace, cache: str) -> dict[str, float]:
     """One contender in a process of its own, with the cache in ``cache``."""
     command = [sys.executable, __file__, "--only", name]
-    for key in ("model", "data", "samples", "batch_size", "epochs", "threads", "precision"):
+    for key in ("model", "data", "samples", "batch_size", "epochs", "threads", "precision", "ratio"):
         command += [f"--{key.replace('_', '-')}", str(getattr(given, key))]
     variables = {**os.environ, "MMCOMPRESS_CACHE": cache, "OMP_NUM_THREADS": str(given.threads)}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
@@ -195,6 +201,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ratio", type=float, default=0.5, help="of the student's FFN units that are cut")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distillation.json"))
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -207,7 +214,8 @@ def main() -> None:
         rounds = [{name: run_child(name, given, cache) for name in CONTENDERS} for _ in range(given.rounds)]
     rows = table(rounds)
     print(
-        f"{given.model}, {given.samples} examples, batches of {given.batch_size}, {given.threads} threads, {given.rounds} rounds"
+        f"{given.model}, student without {given.ratio:.0%} of its FFN units, {given.samples} examples, "
+        f"batches of {given.batch_size}, {given.threads} threads, {given.rounds} rounds"
     )
     print(tabulate([{k: v for k, v in row.items() if not k.endswith("range")} for row in rows], headers="keys", floatfmt=".2f"))
     given.out.parent.mkdir(parents=True, exist_ok=True)

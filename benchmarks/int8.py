@@ -87,7 +87,16 @@ PLACEMENTS: tuple[ArrangementName, ...] = (
     "dynamic-per-tensor-fused",
 )
 """Of those that `placement: measure` tries, the ones that win; the plain static ones are what OpenVINO runs, too."""
-PORTABLE = ("ours (static), onnxruntime", "ours (static-per-tensor), onnxruntime", "ours int8 weights, onnxruntime")
+SCORES: ArrangementName = "static-scores"
+"""What is tried in OpenVINO alone."""
+DECODING: tuple[ArrangementName, ...] = ("dynamic", "dynamic-per-tensor")
+"""What decoders can be given in place of integer weights alone, in a recipe that names the scheme for each component."""
+PORTABLE = (
+    "ours (static), onnxruntime",
+    "ours (static-per-tensor), onnxruntime",
+    f"ours ({SCORES}), onnxruntime",
+    "ours int8 weights, onnxruntime",
+)
 LEAD_SECONDS = 0.045
 """How long a contender runs untimed before its turn: for that long the threads of the one before may spin."""
 AIMS = {("clip-vit-b-32", "vision_model", "1", "onnxruntime"): 3.0, ("clip-vit-b-32", "vision_model", "1", "openvino"): 3.9}
@@ -141,10 +150,9 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
     if decoder:
         makers["ours int8 weights, onnxruntime"] = lambda p: quantize_weights(source, Path(p), bits=8)
         makers["ours int4 weights, onnxruntime"] = lambda p: quantize_weights(source, Path(p), bits=4)
-    else:
-        ranges = collect_ranges(source, [rows])
-        for name in PLACEMENTS:
-            makers[f"ours ({name}), onnxruntime"] = lambda p, name=name: arrange(name, source, Path(p), lambda: ranges)  # type: ignore[misc]
+    ranges = [] if decoder else collect_ranges(source, [rows])
+    for name in DECODING if decoder else (*PLACEMENTS, SCORES):
+        makers[f"ours ({name}), onnxruntime"] = lambda p, name=name: arrange(name, source, Path(p), lambda: ranges)  # type: ignore[misc]
     for label, make in makers.items():
         path = work / f"{label.replace(' ', '-').replace('/', '-')}.onnx"
         try:
@@ -161,6 +169,7 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
         )
     else:
         found.append(Contender("openvino fp32", "openvino", "", missing="openvino is not installed here"))
+    found = [one for one in found if one.name != f"ours ({SCORES}), onnxruntime"]
     for tool, at, runtime in (
         ("olive-static", given.olive_python, "onnxruntime"),
         ("olive-dynamic", given.olive_python, "onnxruntime"),

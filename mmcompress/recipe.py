@@ -253,10 +253,12 @@ class Recipe(_Strict):
                 raise ValueError(f"passes.{i}: {step.name} reads data.{missing[0]}, which the recipe does not have")
             placement = getattr(step, "placement", "fixed")
             names = [placement] if isinstance(placement, str) else list(placement.values())
-            if "openvino" in self.report.runtimes and any(name == "measure" or name.endswith("-fused") for name in names):
+            here = getattr(step, "runtime", "onnxruntime") == "onnxruntime"
+            fused = any((name == "measure" and here) or name.endswith("-fused") for name in names)
+            if "openvino" in self.report.runtimes and fused:
                 raise ValueError(
                     f"passes.{i}: placement: fused placements, which `measure` may choose, run in ONNX Runtime alone, and "
-                    "report.runtimes has openvino; name others or take it out"
+                    "report.runtimes has openvino; name others, measure in `runtime: openvino`, or take it out"
                 )
         for i, gate in enumerate(self.gates):
             if gate.metric not in self.task.metrics:

@@ -28,6 +28,7 @@ from mmcompress.quantization.ranges import Ranges, collect_ranges
 from mmcompress.quantization.result import QuantizationResult
 from mmcompress.quantization.schemes import ArrangementName
 from mmcompress.runtimes.onnx_predict import component_files
+from mmcompress.runtimes.openers import OnnxRuntime
 
 SAMPLES = 32
 """Calibration examples that the outputs of candidates are compared on."""
@@ -50,6 +51,7 @@ class Settings:
         min_cosine: the least mean cosine to the float file's outputs.
         threads: of the timed processes.
         ranges: takes the ranges of a float file's activations from calibration batches.
+        runtime: what files are timed in.
     """
 
     include: Sequence[str]
@@ -58,6 +60,7 @@ class Settings:
     min_cosine: float
     threads: int
     ranges: Callable[[Path, Iterable[Arrays]], Ranges] = collect_ranges
+    runtime: OnnxRuntime = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ class Found:
 
     Attributes:
         result: what is in the chosen file; None where none was chosen.
-        profile: milliseconds by operator of one call of the chosen file.
+        runtime: what files were timed in.
+        profile: milliseconds by operator of one call of the chosen file; empty in other runtimes than ONNX Runtime.
         reasons: why int8 is not faster than float32, where it is not.
         seconds: what the search took, by what it was spent on.
     """
 
     choice: Choice
     result: QuantizationResult | None
+    runtime: OnnxRuntime
     profile: dict[str, float]
     reasons: list[str]
     seconds: dict[str, float]
@@ -81,6 +86,7 @@ class Found:
         """For the report."""
         return {
             **self.choice.as_data(),
+            "runtime": self.runtime,
             "profile_ms": self.profile,
             "reasons": self.reasons,
             "seconds": self.seconds,
@@ -137,7 +143,7 @@ def search(
         ready: the float file that candidates are made from, where it is another one than they are compared with.
     """
     ready = ready or source
-    clock, names = Clock(), candidates(scheme)
+    clock, names = Clock(), candidates(scheme, settings.runtime)
     with TemporaryDirectory(prefix="mmcompress-") as scratch:
         few = _Few(Path(scratch), SAMPLES)
         ranges: Ranges | None = None
@@ -157,7 +163,7 @@ def search(
     if choice.chosen is not None and not choice.pays:
         float_ms = next(one.ms for one in choice.candidates if one.name == FLOAT)
         reasons = why_not_faster(profile, float_ms or 0.0, not int8_saturates())
-    return Found(choice, result, profile, reasons, clock.seconds)
+    return Found(choice, result, settings.runtime, profile, reasons, clock.seconds)
 
 
 def _make(names: Sequence[ArrangementName], source: Path, scratch: Path, ranges: Ranges | None, settings: Settings) -> Made:
@@ -208,7 +214,7 @@ def _contest(
     calls = {FIGURE: [{"component": component, "times": 1, "inputs": str(given)}]}
     files = {FLOAT: source, **made.files}
     _check_memory(component, files)
-    contestants = [Contestant(name, path, "onnxruntime", calls) for name, path in files.items()]
+    contestants = [Contestant(name, path, settings.runtime, calls) for name, path in files.items()]
     with Turns(contestants, settings.threads) as turns:
         clock.lap("opening")
         outputs = {name: np.concatenate([_rows(one) for one in turns.outputs(name, few.files)]) for name in files}
@@ -220,7 +226,8 @@ def _contest(
             return {name: turns.figures[name, FIGURE].rounds[-1] for name in names}
 
         choice = choose(cosines, made.broken, take_turns, settings.min_cosine)
-        profile = turns.profile(choice.chosen) if choice.chosen is not None else {}
+        profiled = choice.chosen if settings.runtime == "onnxruntime" else None
+        profile = turns.profile(profiled) if profiled is not None else {}
         clock.lap("timing")
     return choice, profile
 

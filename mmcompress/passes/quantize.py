@@ -35,6 +35,8 @@ from mmcompress.passes._weights import (
 from mmcompress.passes.base import Pass
 from mmcompress.quantization.naming import broken
 from mmcompress.quantization.schemes import FIXED, WEIGHT_BYTES, ArrangementName, Scheme, scheme_of
+from mmcompress.runtimes.openvino_predict import HINT as OPENVINO_HINT
+from mmcompress.runtimes.openvino_predict import is_installed as openvino_installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +100,11 @@ class Quantize(Pass):
         "own, and the fastest that keeps `min_cosine` stays. A mapping by tower or component: one that was measured before; the "
         "`-fused` ones are for ONNX Runtime alone.",
     )
+    runtime: Literal["onnxruntime", "openvino"] = Field(
+        "onnxruntime",
+        description="What a measured placement is timed in. openvino (an extra) leaves out the placements that ONNX Runtime "
+        "alone runs, and has static-scores among its own.",
+    )
     min_cosine: float = Field(
         0.995,
         ge=0,
@@ -155,6 +162,8 @@ class Quantize(Pass):
                 if wanted:
                     allowed = "min-max or entropy" if field == "calibration" else "only what is the default"
                     raise ValueError(f"{field}: int8-static of the backend neural-compressor takes {allowed}")
+        if self.runtime != "onnxruntime" and self.placement != "measure":
+            raise ValueError(f"runtime: {self.runtime} is what `placement: measure` times in, and `placement` is another")
         if self.sensitivity != "embedding" and self.max_drop is None:
             raise ValueError(f"sensitivity: {self.sensitivity} sorts layers for `max_drop`, which is left out")
         return self
@@ -168,7 +177,9 @@ class Quantize(Pass):
         return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme.values())
 
     def check_against(self, family: Family, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-        """What is wrong with ``algorithm`` and int8-static under ``backend`` on this machine."""
+        """What is wrong with ``runtime``, and with ``algorithm`` and int8-static under ``backend``, on this machine."""
+        if self.runtime == "openvino" and not openvino_installed():
+            return [f"runtime: {OPENVINO_HINT}"]
         if self.backend != "neural-compressor":
             return []
         static = "int8-static" in self._schemes()
@@ -394,7 +405,7 @@ class Quantize(Pass):
         call = next(call for call in model.family.calls(model.module, 1) if call.component == part.name)
         inputs = {name: values.numpy() for name, values in call.inputs.items()}
         exclude, ranges = [*self.exclude, *work.exclude], self._keeping(narrow).ranges
-        settings = Settings(self.include, exclude, narrow, self.min_cosine, self.threads, ranges)
+        settings = Settings(self.include, exclude, narrow, self.min_cosine, self.threads, ranges, self.runtime)
         context.reporter.note(f"timing placements of int8 in {part.name}")
         found = search(scheme, work.source, target, work.feeds, inputs, settings, work.ready)
         context.facts.setdefault("placement", {})[part.name] = found.as_data()

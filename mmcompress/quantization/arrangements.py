@@ -26,6 +26,7 @@ class Arrangement:
         ranges: of activations: from calibration, or taken at run time.
         outputs: whether the outputs of layers are quantized too.
         attention: whether the products of queries, keys and values are.
+        scores: whether those of queries and keys are, and those with the values are not.
         conv: whether convolutions are.
         per_channel: whether weights have a scale for each output channel.
         signed: whether activations are int8 instead of uint8.
@@ -35,6 +36,7 @@ class Arrangement:
     ranges: Literal["calibration", "run time"] = "calibration"
     outputs: bool = False
     attention: bool = False
+    scores: bool = False
     conv: bool = True
     per_channel: bool = True
     signed: bool = False
@@ -46,6 +48,7 @@ ARRANGEMENTS: dict[ArrangementName, Arrangement] = {
     "static-fused": Arrangement(fused=True),
     "static-outputs": Arrangement(outputs=True),
     "static-attention": Arrangement(attention=True),
+    "static-scores": Arrangement(scores=True),
     "static-conv-float": Arrangement(conv=False),
     "static-per-tensor": Arrangement(per_channel=False),
     "static-per-tensor-fused": Arrangement(per_channel=False, fused=True),
@@ -58,9 +61,16 @@ ARRANGEMENTS: dict[ArrangementName, Arrangement] = {
 """By name, as recipes and reports have them."""
 
 
-def candidates(scheme: str) -> tuple[ArrangementName, ...]:
-    """The arrangements that a scheme leaves open: all, or those that need no data."""
-    return tuple(name for name, one in ARRANGEMENTS.items() if scheme == "int8-static" or one.ranges == "run time")
+def candidates(scheme: str, runtime: str = "onnxruntime") -> tuple[ArrangementName, ...]:
+    """The arrangements that a scheme leaves open in a runtime: all, or those that need no data.
+
+    OpenVINO runs no operators of ONNX Runtime's own, and takes attention for one product only where its scores are made of
+    signed integers, for which ONNX Runtime has no kernel that is worth it.
+    """
+    found = [name for name, one in ARRANGEMENTS.items() if scheme == "int8-static" or one.ranges == "run time"]
+    own = [name for name in found if ARRANGEMENTS[name].scores] if runtime == "onnxruntime" else []
+    fused = [name for name in found if ARRANGEMENTS[name].fused] if runtime != "onnxruntime" else []
+    return tuple(name for name in found if name not in (*own, *fused))
 
 
 def plain(name: ArrangementName) -> ArrangementName:
@@ -109,6 +119,7 @@ def arrange(
         feeds(),
         outputs=chosen.outputs,
         attention=chosen.attention,
+        scores=chosen.scores,
         per_channel=chosen.per_channel,
         signed=chosen.signed,
         quantize_conv=chosen.conv,

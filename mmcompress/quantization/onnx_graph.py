@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from mmcompress.quantization.graph_edit import GraphEdit
 from mmcompress.quantization.naming import is_meant, module_path
 from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES, EXTERNAL_DATA_SUFFIX
 from mmcompress.quantization.onnx_file import write_model
@@ -19,6 +20,10 @@ from mmcompress.quantization.patches import patches_as_products
 from mmcompress.quantization.selected_rows import select_rows_early
 
 PRODUCT_OPS = ("MatMul", "Gemm", "Conv")
+LAYOUT = ("Reshape", "Transpose")
+"""Operators that only move numbers."""
+MOVES = (*LAYOUT, "Identity", "Cast", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear")
+"""Operators that leave numbers as they are, but for rounding."""
 MIN_TABLE_BYTES = 65_536
 """Smaller tables stay float: three more nodes a call for less than 50 kB of disk."""
 
@@ -122,6 +127,19 @@ def free_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
 
 
+def weighing_products(model: onnx.ModelProto) -> set[str]:
+    """Names of the products of two activations of which one is what a softmax gave: attention's with its values."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def softmax(name: str) -> bool:
+        node = makers.get(name)
+        while node is not None and node.op_type in MOVES:
+            node = makers.get(node.input[0])
+        return node is not None and node.op_type == "Softmax"
+
+    return {node.name for node in free_products(model) if any(softmax(name) for name in node.input)}
+
+
 def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
     """Gives what stays float the values before rounding, in place; returns how many inputs that were.
 
@@ -147,6 +165,42 @@ def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
                 node.input[place] = there.input[0]
                 spared += 1
     return spared
+
+
+def quantize_before_moves(model: onnx.ModelProto, products: set[str]) -> int:
+    """Puts the rounding of products' inputs before what only moves them about, in place; returns how many that were.
+
+    The numbers stay the same where one scale is of all of them. What moves are then integers, and OpenVINO takes products and
+    softmax of attention for one only where they stand so.
+
+    Args:
+        products: names of the nodes.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    count = Counter(name for node in model.graph.node for name in node.input)
+    count.update(value.name for value in model.graph.output)
+
+    def mover(name: str) -> onnx.NodeProto | None:
+        """What moved a value that nothing else reads."""
+        node = makers.get(name)
+        return node if node is not None and node.op_type in LAYOUT and count[name] == 1 else None
+
+    moved = 0
+    for product in [node for node in model.graph.node if node.name in products]:
+        for place, name in enumerate(product.input):
+            back = makers.get(name)
+            there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+            last = mover(there.input[0]) if there is not None and there.op_type == "QuantizeLinear" else None
+            if there is None or last is None or count[name] > 1:
+                continue
+            first = last
+            while (before := mover(first.input[0])) is not None:
+                first = before
+            there.input[0], first.input[0], product.input[place] = first.input[0], name, last.output[0]
+            moved += 1
+    if moved:
+        GraphEdit(model).finish()  # sorts the nodes
+    return moved
 
 
 def op_counts(model: onnx.ModelProto) -> dict[str, int]:

@@ -80,6 +80,7 @@ def quantize_static_int8(
     *,
     outputs: bool = False,
     attention: bool = False,
+    scores: bool = False,
     per_channel: bool = True,
     signed: bool = False,
     quantize_conv: bool = True,
@@ -99,6 +100,8 @@ def quantize_static_int8(
         outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
             that want it.
         attention: Whether to quantize the products of two activations too, where ONNX Runtime quantizes their outputs as well.
+        scores: Whether to quantize those of queries and keys, both as symmetric int8, and not those of what a softmax gives: what
+            OpenVINO wants.
         per_channel: Whether weights have a scale for each output channel, or one for all.
         signed: Whether activations are int8, symmetric, instead of uint8.
         quantize_conv: Whether to quantize convolutions too. Those over patches become products of matrices; the others are
@@ -119,12 +122,16 @@ def quantize_static_int8(
             onnx_graph.save(onnx.load(prepared), target)
             return _finish(source, target, plan)
         ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(prepared, calibration)
-        nodes = [*plan.chosen, *(plan.products if attention else ())]
+        own = plan.scores if scores else []
+        nodes = [*plan.chosen, *(plan.products if attention else own)]
+        graph = onnx.load(prepared, load_external_data=False)
+        symmetric = activations(graph, own) if own else ()
         write_qdq(
             prepared,
             target,
             nodes,
-            ranges.for_onnxruntime(signed, activations(onnx.load(prepared, load_external_data=False), nodes)),
+            ranges.for_onnxruntime(signed, activations(graph, nodes), symmetric),
+            symmetric=symmetric,
             per_channel=per_channel,
             reduce_range=int8_saturates() if reduce_range is None else reduce_range,
             activation=QuantType.QInt8 if signed else QuantType.QUInt8,
@@ -133,7 +140,7 @@ def quantize_static_int8(
                 "ActivationSymmetric": signed,
             },
         )
-    return _finish(source, target, plan, nodes, kernels=quantize_conv)
+    return _finish(source, target, plan, nodes, own, kernels=quantize_conv)
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ class _Plan:
     chosen: list[str]
     others: list[str]
     products: list[str]
+    scores: list[str]
     excluded: list[str]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -152,30 +160,35 @@ class _Plan:
         model = onnx.load(prepared, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
         if not layers:  # nothing but tables (a component that only looks tokens up)
-            return cls([], [], [], [], tuple(include), tuple(exclude))
+            return cls([], [], [], [], [], tuple(include), tuple(exclude))
         chosen = [node.name for node in layers if node.op_type in ops and is_meant(module_path(node.name), include, exclude)]
         if not chosen:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
         products = [node.name for node in onnx_graph.free_products(model)]
-        return cls(chosen, others, products, others + products, tuple(include), tuple(exclude))
+        scores = [name for name in products if name not in onnx_graph.weighing_products(model)]
+        return cls(chosen, others, products, scores, others + products, tuple(include), tuple(exclude))
 
 
-def _finish(source: Path, target: Path, plan: _Plan, integer: Sequence[str] = (), *, kernels: bool = True) -> QuantizationResult:
+def _finish(
+    source: Path, target: Path, plan: _Plan, integer: Sequence[str] = (), early: Sequence[str] = (), *, kernels: bool = True
+) -> QuantizationResult:
     """Shrinks the constants of a quantized file, and counts what is in it.
 
     Args:
         integer: names of the nodes that multiply integers.
+        early: those of them whose inputs are rounded before they are moved about.
         kernels: whether those of convolutions that stay float are among the constants.
     """
     model = onnx.load(target)
-    spared = onnx_graph.spare_float_readers(model, set(integer)) if integer else 0
+    changed = onnx_graph.spare_float_readers(model, set(integer)) if integer else 0
+    changed += onnx_graph.quantize_before_moves(model, set(early)) if early else 0
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
     replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
     replaced += store_constants(model, plan.include, plan.exclude, float_bytes=onnx_graph.file_bytes(source), kernels=kernels)
     beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
-    if replaced or spared or beside.exists():
+    if replaced or changed or beside.exists():
         onnx_graph.save(model, target)
         beside.unlink(missing_ok=True)
     # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.

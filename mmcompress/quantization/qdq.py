@@ -11,7 +11,7 @@ alone would have made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def write_qdq(
     reduce_range: bool,
     activation: QuantType,
     options: Mapping[str, Any],
+    symmetric: Collection[str] = (),
 ) -> None:
     """Quantizes nodes of a file that `onnx_graph.prepare` made; weights are int8.
 
@@ -50,6 +51,7 @@ def write_qdq(
         reduce_range: whether weights take 7 bits.
         activation: type of activations.
         options: ``extra_options`` of ONNX Runtime's quantizers.
+        symmetric: activations that are int8 with zero in the middle, whatever the others are.
     """
     model = _inferred(prepared)
     wanted = set(nodes)
@@ -57,7 +59,9 @@ def write_qdq(
     given, folder = dict(options), prepared.parent
     scales = _channel_scales(model, chosen, reduce_range, folder) if per_channel else {}
     if scales:
-        given |= {"AddQDQPairToWeight": True, "TensorQuantOverrides": scales}
+        given["AddQDQPairToWeight"] = True
+    signed = {name: [{"quant_type": QuantType.QInt8, "symmetric": True}] for name in symmetric}
+    given["TensorQuantOverrides"] = scales | signed
     read = {name for node in chosen for name in node.input}
     weights: dict[str, onnx.TensorProto] = {}
     for tensor in model.graph.initializer:

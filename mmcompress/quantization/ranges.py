@@ -6,7 +6,7 @@ value, or a histogram, so memory does not grow with the number of examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,9 +74,9 @@ class Ranges:
             self._made[name, signed] = Range(np.float32(low), np.float32(high))
         return self._made[name, signed]
 
-    def for_onnxruntime(self, signed: bool = False, names: Iterable[str] | None = None) -> Any:
-        """The same as the ``TensorsData`` that ONNX Runtime's quantizers take."""
-        limits = self.limits(signed, names)
+    def for_onnxruntime(self, signed: bool = False, names: Iterable[str] | None = None, symmetric: Collection[str] = ()) -> Any:
+        """The same as the ``TensorsData`` that ONNX Runtime's quantizers take; those in ``symmetric`` as for signed integers."""
+        limits = {**self.limits(signed, names), **self.limits(True, symmetric)}
         data = {n: TensorData(lowest=np.asarray(one.low), highest=np.asarray(one.high)) for n, one in limits.items()}
         return TensorsData(CalibrationMethod.MinMax, data)
 

@@ -15,6 +15,7 @@ ArrangementName = Literal[
     "static-fused",
     "static-outputs",
     "static-attention",
+    "static-scores",
     "static-conv-float",
     "static-per-tensor",
     "static-per-tensor-fused",

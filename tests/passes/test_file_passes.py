@@ -170,7 +170,7 @@ def test_a_broken_expression_is_refused_with_the_recipe() -> None:
 def test_a_measured_placement_can_be_used_again_without_measuring(
     model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("static", "dynamic-fused"))
+    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme, runtime: ("static", "dynamic-fused"))
     monkeypatch.setattr("mmcompress.passes._placement.TURN_SECONDS", 0.001)
     settings = {"samples": 16, "threads": 1, "min_cosine": 0.9}
     measured = mm.passes.Quantize(placement="measure", **settings).apply(model, context=context)
@@ -211,7 +211,7 @@ def test_placements_that_do_not_fit_into_memory_together_are_not_opened(tmp_path
 def test_a_tower_stays_float_where_no_placement_keeps_the_bound(
     model: mm.CompressedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme: ("dynamic",))
+    monkeypatch.setattr("mmcompress.passes._placement.candidates", lambda scheme, runtime: ("dynamic",))
     monkeypatch.setattr("mmcompress.passes._placement.TURN_SECONDS", 0.001)
     new = mm.passes.Quantize(placement="measure", min_cosine=1.0, threads=1, samples=8).apply(model, context=context)
     assert new.onnx is not None

@@ -10,10 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 from mmcompress.quantization.arrangements import ARRANGEMENTS, arrange, candidates
 from mmcompress.quantization.fusing import fuse
 from mmcompress.quantization.onnx_export import export_component
+from mmcompress.quantization.ranges import collect_ranges
 from mmcompress.quantization.schemes import ArrangementName
 from tests.families import tiny_whisper
 
@@ -59,7 +61,10 @@ def test_every_placement_can_be_made_and_is_close(exported, tmp_path, name):
 
 def test_recipes_know_the_names_of_all_placements():
     assert set(get_args(ArrangementName)) == set(ARRANGEMENTS)
-    assert candidates("int8-static") == tuple(ARRANGEMENTS)
+    assert candidates("int8-static") == tuple(name for name in ARRANGEMENTS if name != "static-scores")
+    assert "static-scores" in candidates("int8-static", "openvino")
+    assert not any(ARRANGEMENTS[name].fused for name in candidates("int8-static", "openvino"))
+    assert candidates("int8-dynamic", "openvino") == ("dynamic", "dynamic-per-tensor")
     assert candidates("int8-dynamic") == ("dynamic", "dynamic-fused", "dynamic-per-tensor", "dynamic-per-tensor-fused")
 
 
@@ -70,6 +75,41 @@ def test_attention_products_are_integers_where_asked_for(exported, tmp_path):
         arrange(name, exported["vision"], path, lambda: [feeds("vision", 4)])
         counts[name] = Counter(node.op_type for node in onnx.load(path).graph.node)
     assert counts["static-attention"]["QuantizeLinear"] > counts["static"]["QuantizeLinear"]
+
+
+@pytest.mark.parametrize("calibration", ["min-max", "percentile"])
+def test_scores_are_made_of_signed_integers_that_are_moved_about(exported, tmp_path, calibration):
+    """Queries and keys are rounded before they are reshaped and transposed; what a softmax gives stays float."""
+    path, rows = tmp_path / "scores.onnx", feeds("vision", 8)
+    ranges = collect_ranges(exported["vision"], [rows], calibration, 99.0)
+    arrange("static-scores", exported["vision"], path, lambda: ranges)
+    model = onnx.load(path)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    scores = 0
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or node.input[1] in held or makers[node.input[1]].op_type == "DequantizeLinear":
+            continue
+        first = makers[node.input[0]]
+        if first.op_type == "Softmax":
+            assert makers[node.input[1]].op_type == "Transpose"
+            continue
+        scores += 1
+        for given in node.input:
+            steps, name = [], given
+            while makers[name].op_type in ("Reshape", "Transpose", "DequantizeLinear", "QuantizeLinear"):
+                steps.append(makers[name])
+                name = makers[name].input[0]
+            assert [step.op_type for step in steps][-2:] == ["DequantizeLinear", "QuantizeLinear"]
+            assert {step.op_type for step in steps[:-2]} == {"Reshape", "Transpose"}
+            assert held[steps[-1].input[2]].dtype == np.int8
+            assert held[steps[-1].input[2]] == 0
+            low, high = ranges.limits(True)[given]
+            assert held[steps[-1].input[1]] == pytest.approx(max(abs(low), abs(high)) / 127, rel=1e-5)
+    assert scores == 2  # of two layers
+    ours, theirs = run(path, feeds("vision", 3)), run(exported["vision"], feeds("vision", 3))
+    cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert cosine.min() > 0.97
 
 
 def test_whisper_s_scaled_queries_and_keys_without_bias_are_fused_too(tmp_path):

@@ -44,7 +44,7 @@ def test_all_views_say_what_was_tried_and_why_it_lost() -> None:
         assert "Where int8 went, and why" in view
         assert "slower in the last stage: 4.5% slower than static-fused" in view
         assert "dropped after stage 1: 36.4% slower than static-fused" in view
-        assert "static-fused is 2.73 times as fast as float32 (95% interval 2.73 to 2.73, 25 rounds)" in view
+        assert "static-fused is 2.73 times as fast as float32 in ONNX Runtime (95% interval 2.73 to 2.73, 25 rounds)" in view
         assert "MatMulIntegerToFloat 60%, QAttention 30%, Add 10%" in view
         assert "The search took 1 min 0 s: calibration 5.0 s, timing 55 s." in view
         assert "Int8 is not faster than float32 here: this processor has no VNNI." in view
@@ -61,6 +61,13 @@ def test_what_is_to_be_pasted_is_a_placement_of_the_pass() -> None:
     many = {f"component_number_{i}": found(SPEED) for i in range(5)}
     assert yaml.safe_load(to_paste(many)) == {"placement": dict.fromkeys(many, "static-fused")}
     assert "stays in float32" in section(report(**parts), None).text  # type: ignore[union-attr]
+
+
+def test_the_runtime_that_placements_were_timed_in_is_named() -> None:
+    told = section(report(vision_model={**found(SPEED), "runtime": "openvino", "profile_ms": {}}), None)
+    assert told is not None
+    assert "static-fused is 2.73 times as fast as float32 in OpenVINO" in told.text
+    assert "profiler" not in told.text
 
 
 def test_without_a_search_there_is_no_such_part() -> None:

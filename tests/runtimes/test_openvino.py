@@ -10,8 +10,8 @@ import pytest
 import mmcompress as mm
 from mmcompress.context import Context
 from mmcompress.data.examples import as_examples
-from mmcompress.errors import ModelError, UnavailableError
-from mmcompress.recipe import ReportSettings
+from mmcompress.errors import ModelError, RecipeError, UnavailableError
+from mmcompress.recipe import ReportSettings, make_recipe
 from mmcompress.runtimes import openvino_predict
 from mmcompress.runtimes.onnx_predict import OnnxPredict
 from mmcompress.runtimes.openvino_predict import OpenVinoPredict
@@ -52,3 +52,47 @@ def test_files_that_only_onnx_runtime_knows_are_refused(model: mm.CompressedMode
     assert folder is not None
     with pytest.raises(ModelError, match=r"vision_model_quantized.onnx: OpenVINO cannot open it"):
         OpenVinoPredict(folder, 1, ("vision_model",))
+
+
+def test_placements_can_be_timed_in_it(monkeypatch: pytest.MonkeyPatch, model: mm.CompressedModel) -> None:
+    with pytest.raises(ValueError, match="runtime: openvino is what `placement: measure` times in"):
+        mm.passes.Quantize(runtime="openvino")
+    step = mm.passes.Quantize(runtime="openvino", placement="measure")
+    monkeypatch.setattr("mmcompress.passes.quantize.openvino_installed", lambda: False)
+    assert step.check_against(model.family, {}) == [f"runtime: {openvino_predict.HINT}"]
+    monkeypatch.setattr("mmcompress.passes.quantize.openvino_installed", lambda: True)
+    assert step.check_against(model.family, {}) == []
+
+
+@pytest.mark.parametrize(("runtime", "refused"), [("onnxruntime", True), ("openvino", False)])
+def test_a_placement_measured_in_it_fits_a_report_of_it(monkeypatch: pytest.MonkeyPatch, runtime: str, refused: bool) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    recipe = {
+        "name": "one",
+        "model": "bundled:shapes-clip",
+        "task": {"type": "zero-shot-image-classification", "templates": ["a {}"]},
+        "data": {name: {"path": "bundled:shapes", "samples": 20} for name in ("train", "eval")},
+        "passes": [{"pass": "quantize", "placement": "measure", "runtime": runtime}],
+        "report": {"runtimes": ["openvino"]},
+    }
+    if refused:
+        with pytest.raises(RecipeError, match=r"run in ONNX Runtime alone.*measure in `runtime: openvino`"):
+            make_recipe(recipe)
+    else:
+        assert make_recipe(recipe).passes[0].runtime == "openvino"
+
+
+@pytest.mark.skipif(not openvino_predict.is_installed(), reason="OpenVINO is an extra")
+def test_a_placement_is_chosen_in_it(model: mm.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcompress.passes._placement.TURN_SECONDS", 0.001)
+    context = Context(task=TASK, train=as_examples(tiny.dataset(24)), workdir=tmp_path)
+    step = mm.passes.Quantize(placement="measure", runtime="openvino", min_cosine=0.9, threads=1, samples=16)
+    new = step.apply(model, context=context)
+    assert new.onnx is not None
+    for one in context.facts["placement"].values():
+        assert one["runtime"] == "openvino"
+        assert one["profile_ms"] == {}
+        names = {c["name"] for c in one["candidates"] if c["ms"] is not None}
+        assert "static-scores" in names
+        assert not any(name.endswith("-fused") for name in names)
+    OpenVinoPredict(new.onnx, 1)("vision_model", PIXELS)

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from mmcompress.report.alerts import Alert
-from mmcompress.report.format import MISSING, seconds_text
+from mmcompress.report.format import MISSING, RUNTIMES, seconds_text
 from mmcompress.report.schema import Report
 from mmcompress.report.sections import Section
 from mmcompress.report.tables import Cell, Table
@@ -25,6 +25,7 @@ MEANING = {
     "static-fused": "the same in ONNX Runtime's fused operators",
     "static-outputs": "outputs of layers too",
     "static-attention": "the products inside of attention too",
+    "static-scores": "the products of queries and keys too",
     "static-conv-float": "convolutions stay float",
     "static-per-tensor": "one scale for a whole weight",
     "static-per-tensor-fused": "one scale for a whole weight, in ONNX Runtime's fused operators",
@@ -113,7 +114,10 @@ def sentences(found: Found) -> list[str]:
         words.append("No placement keeps the bound on the outputs' cosine: this component stays in float32.")
     else:
         span = f"95% interval {speed['low']:.2f} to {speed['high']:.2f}, {speed['rounds']} rounds"
-        words.append(f"{found['chosen']} is {speed['ratio']:.2f} times as fast as float32 ({span}), at one example a call.")
+        name = RUNTIMES[found.get("runtime", "onnxruntime")]
+        words.append(
+            f"{found['chosen']} is {speed['ratio']:.2f} times as fast as float32 in {name} ({span}), at one example a call."
+        )
     if not found["pays"] and found["reasons"]:
         words.append(f"Int8 is not faster than float32 here: {'; '.join(found['reasons'])}.")
     total = sum(found["profile_ms"].values())

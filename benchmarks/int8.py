@@ -87,14 +87,14 @@ PLACEMENTS: tuple[ArrangementName, ...] = (
     "dynamic-per-tensor-fused",
 )
 """Of those that `placement: measure` tries, the ones that win; the plain static ones are what OpenVINO runs, too."""
-SCORES: ArrangementName = "static-scores"
+SCORES: tuple[ArrangementName, ...] = ("static-scores", "static-scores-per-tensor")
 """What is tried in OpenVINO alone."""
 DECODING: tuple[ArrangementName, ...] = ("dynamic", "dynamic-per-tensor")
 """What decoders can be given in place of integer weights alone, in a recipe that names the scheme for each component."""
 PORTABLE = (
     "ours (static), onnxruntime",
     "ours (static-per-tensor), onnxruntime",
-    f"ours ({SCORES}), onnxruntime",
+    *(f"ours ({name}), onnxruntime" for name in SCORES),
     "ours int8 weights, onnxruntime",
 )
 LEAD_SECONDS = 0.045
@@ -151,7 +151,7 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
         makers["ours int8 weights, onnxruntime"] = lambda p: quantize_weights(source, Path(p), bits=8)
         makers["ours int4 weights, onnxruntime"] = lambda p: quantize_weights(source, Path(p), bits=4)
     ranges = [] if decoder else collect_ranges(source, [rows])
-    for name in DECODING if decoder else (*PLACEMENTS, SCORES):
+    for name in DECODING if decoder else (*PLACEMENTS, *SCORES):
         makers[f"ours ({name}), onnxruntime"] = lambda p, name=name: arrange(name, source, Path(p), lambda: ranges)  # type: ignore[misc]
     for label, make in makers.items():
         path = work / f"{label.replace(' ', '-').replace('/', '-')}.onnx"
@@ -169,7 +169,7 @@ def contenders(component: str, model: str, decoder: bool, work: Path, given: arg
         )
     else:
         found.append(Contender("openvino fp32", "openvino", "", missing="openvino is not installed here"))
-    found = [one for one in found if one.name != f"ours ({SCORES}), onnxruntime"]
+    found = [one for one in found if one.name not in [f"ours ({name}), onnxruntime" for name in SCORES]]
     for tool, at, runtime in (
         ("olive-static", given.olive_python, "onnxruntime"),
         ("olive-dynamic", given.olive_python, "onnxruntime"),

@@ -49,6 +49,7 @@ ARRANGEMENTS: dict[ArrangementName, Arrangement] = {
     "static-outputs": Arrangement(outputs=True),
     "static-attention": Arrangement(attention=True),
     "static-scores": Arrangement(scores=True),
+    "static-scores-per-tensor": Arrangement(scores=True, per_channel=False),
     "static-conv-float": Arrangement(conv=False),
     "static-per-tensor": Arrangement(per_channel=False),
     "static-per-tensor-fused": Arrangement(per_channel=False, fused=True),

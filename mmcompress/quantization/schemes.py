@@ -16,6 +16,7 @@ ArrangementName = Literal[
     "static-outputs",
     "static-attention",
     "static-scores",
+    "static-scores-per-tensor",
     "static-conv-float",
     "static-per-tensor",
     "static-per-tensor-fused",

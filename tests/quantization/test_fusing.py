@@ -61,7 +61,7 @@ def test_every_placement_can_be_made_and_is_close(exported, tmp_path, name):
 
 def test_recipes_know_the_names_of_all_placements():
     assert set(get_args(ArrangementName)) == set(ARRANGEMENTS)
-    assert candidates("int8-static") == tuple(name for name in ARRANGEMENTS if name != "static-scores")
+    assert candidates("int8-static") == tuple(name for name in ARRANGEMENTS if not name.startswith("static-scores"))
     assert "static-scores" in candidates("int8-static", "openvino")
     assert not any(ARRANGEMENTS[name].fused for name in candidates("int8-static", "openvino"))
     assert candidates("int8-dynamic", "openvino") == ("dynamic", "dynamic-per-tensor")
@@ -77,12 +77,15 @@ def test_attention_products_are_integers_where_asked_for(exported, tmp_path):
     assert counts["static-attention"]["QuantizeLinear"] > counts["static"]["QuantizeLinear"]
 
 
-@pytest.mark.parametrize("calibration", ["min-max", "percentile"])
-def test_scores_are_made_of_signed_integers_that_are_moved_about(exported, tmp_path, calibration):
+@pytest.mark.parametrize(
+    ("placement", "calibration"),
+    [("static-scores", "min-max"), ("static-scores", "percentile"), ("static-scores-per-tensor", "min-max")],
+)
+def test_scores_are_made_of_signed_integers_that_are_moved_about(exported, tmp_path, placement, calibration):
     """Queries and keys are rounded before they are reshaped and transposed; what a softmax gives stays float."""
     path, rows = tmp_path / "scores.onnx", feeds("vision", 8)
     ranges = collect_ranges(exported["vision"], [rows], calibration, 99.0)
-    arrange("static-scores", exported["vision"], path, lambda: ranges)
+    arrange(placement, exported["vision"], path, lambda: ranges)
     model = onnx.load(path)
     makers = {name: node for node in model.graph.node for name in node.output}
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

@@ -26,6 +26,7 @@ MEANING = {
     "static-outputs": "outputs of layers too",
     "static-attention": "the products inside of attention too",
     "static-scores": "the products of queries and keys too",
+    "static-scores-per-tensor": "the same, one scale for a whole weight",
     "static-conv-float": "convolutions stay float",
     "static-per-tensor": "one scale for a whole weight",
     "static-per-tensor-fused": "one scale for a whole weight, in ONNX Runtime's fused operators",

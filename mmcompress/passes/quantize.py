@@ -162,8 +162,8 @@ class Quantize(Pass):
                 if wanted:
                     allowed = "min-max or entropy" if field == "calibration" else "only what is the default"
                     raise ValueError(f"{field}: int8-static of the backend neural-compressor takes {allowed}")
-        if self.runtime != "onnxruntime" and self.placement != "measure":
-            raise ValueError(f"runtime: {self.runtime} is what `placement: measure` times in, and `placement` is another")
+        if self.runtime != "onnxruntime" and self.placement == "fixed":
+            raise ValueError(f"runtime: {self.runtime} is what `placement: measure` times in, and `placement` is fixed")
         if self.sensitivity != "embedding" and self.max_drop is None:
             raise ValueError(f"sensitivity: {self.sensitivity} sorts layers for `max_drop`, which is left out")
         return self

@@ -166,7 +166,8 @@ class _Plan:
             raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
         products = [node.name for node in onnx_graph.free_products(model)]
-        scores = [name for name in products if name not in onnx_graph.weighing_products(model)]
+        weighing = onnx_graph.weighing_products(model)
+        scores = [name for name in products if name not in weighing]
         return cls(chosen, others, products, scores, others + products, tuple(include), tuple(exclude))
 
 

@@ -57,6 +57,7 @@ def test_files_that_only_onnx_runtime_knows_are_refused(model: mm.CompressedMode
 def test_placements_can_be_timed_in_it(monkeypatch: pytest.MonkeyPatch, model: mm.CompressedModel) -> None:
     with pytest.raises(ValueError, match="runtime: openvino is what `placement: measure` times in"):
         mm.passes.Quantize(runtime="openvino")
+    mm.passes.Quantize(runtime="openvino", placement={"vision": "static-scores"})  # what was chosen in it, said again
     step = mm.passes.Quantize(runtime="openvino", placement="measure")
     monkeypatch.setattr("mmcompress.passes.quantize.openvino_installed", lambda: False)
     assert step.check_against(model.family, {}) == [f"runtime: {openvino_predict.HINT}"]

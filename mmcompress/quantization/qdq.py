@@ -190,7 +190,7 @@ def _fold(model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], folde
     graph.node.extend(kept)
     ordered = []
     for i, tensor in enumerate(graph.initializer):
-        ordered.append(weights.get(tensor.name, tensor))  # a layer that stays in float may read it too
+        ordered.append(weights.get(tensor.name, tensor))  # nothing else reads one; an empty one must not be written
         if i in made:
             ordered.append(made[i])
     copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in ordered if tensor.name not in renamed]

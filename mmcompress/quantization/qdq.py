@@ -55,6 +55,7 @@ def write_qdq(
     """
     model = _inferred(prepared)
     wanted = set(nodes)
+    _own_floats(model, wanted)
     chosen = [node for node in model.graph.node if node.name in wanted]
     given, folder = dict(options), prepared.parent
     scales = _channel_scales(model, chosen, reduce_range, folder) if per_channel else {}
@@ -84,6 +85,23 @@ def write_qdq(
         return
     done.topological_sort()
     write_model(done.model, lambda: (_loaded(tensor, folder) for tensor in done.model.graph.initializer), target)
+
+
+def _own_floats(model: onnx.ModelProto, wanted: set[str]) -> None:
+    """Gives nodes that stay in float a copy of a weight that they share with one that does not, in place.
+
+    The quantizer hands the rounded weight to everything that reads it.
+    """
+    graph = model.graph
+    shared = {node.input[1] for node in graph.node if node.name in wanted}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in shared]:
+        others = [node for node in graph.node if node.name not in wanted and tensor.name in node.input]
+        if others:
+            own = graph.initializer.add()
+            own.CopyFrom(tensor)
+            own.name = f"{tensor.name}_float"
+            for node in others:
+                node.input[:] = [own.name if name == tensor.name else name for name in node.input]
 
 
 def _inferred(prepared: Path) -> onnx.ModelProto:
@@ -190,7 +208,7 @@ def _fold(model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], folde
     graph.node.extend(kept)
     ordered = []
     for i, tensor in enumerate(graph.initializer):
-        ordered.append(weights.get(tensor.name, tensor))  # nothing else reads one; an empty one must not be written
+        ordered.append(tensor)
         if i in made:
             ordered.append(made[i])
     copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in ordered if tensor.name not in renamed]

@@ -254,3 +254,26 @@ def _one_matmul(path: Path, weight: np.ndarray) -> Path:
     )
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
     return path
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_float_layer_that_shares_its_weight_with_an_int8_one_reads_floats(tmp_path, per_channel):
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y"], name="first/MatMul"),
+            helper.make_node("MatMul", ["x", "w"], ["z"], name="second/MatMul"),
+        ],
+        "two",
+        [value("x", TensorProto.FLOAT, ["batch", 64])],
+        [value(name, TensorProto.FLOAT, ["batch", 64]) for name in "yz"],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    source, target = tmp_path / "two.onnx", tmp_path / "int8.onnx"
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), source)
+    rows = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
+    quantize_static_int8(source, target, [{"x": rows}], exclude=["second"], per_channel=per_channel)
+    y, z = ort.InferenceSession(target).run(None, {"x": rows})
+    np.testing.assert_allclose(z, rows @ weight, rtol=1e-4, atol=1e-4)
+    assert 0.001 < np.abs(y - rows @ weight).max() < 1

@@ -17,9 +17,12 @@ Contenders, at the same size of the vision tower and the same number of steps, b
 And the ranking of criteria: half of the vision tower's FFN units cut by taylor, magnitude and at random, without training; and
 by taylor with readers fitted by least squares.
 
-Every contender and seed runs in a process of its own. Differences to the baseline are of the same examples, averaged over the
-seeds, with the 95% interval of a paired bootstrap over the examples; what the seeds gave stands beside it as least and most. A
-second table sets ours against the others in the same way. What was found is kept in --out, and a second call goes on from there.
+Every contender and seed runs in a process of its own; `--jobs 2 --threads 1` keeps two of them going, which is sooner done on two
+cores than one after the other on both. Seconds are then those of a process beside another.
+
+Differences to the baseline are of the same examples, averaged over the seeds, with the 95% interval of a paired bootstrap over the
+examples; what the seeds gave stands beside it as least and most. A second table sets ours against the others in the same way. What
+was found is kept in --out, and a second call goes on from there.
 
 Shape legend: N test examples.
 """
@@ -30,8 +33,10 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +290,7 @@ def in_a_process(one: tuple[str, str, str, str], given: argparse.Namespace) -> d
             words += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(one)}: failed, see above")
+        raise RuntimeError(f"{' '.join(one)}: failed, see above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -371,7 +376,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="only so many training examples of fashion, for a try")
     parser.add_argument("--holdout", type=int, help="leave so many training examples of fashion out, and score on them")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
     parser.add_argument("--job", nargs=3, metavar=("SIZE", "CONTENDER", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -385,11 +391,22 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: needs a folder that is there; found {getattr(given, name)}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(given.out.read_text()) if given.out.exists() else {"found": {}, "environment": environment()}
-    for one in jobs(given):
-        if (key := " ".join(one)) not in kept["found"]:
-            print(key, file=sys.stderr, flush=True)
-            kept["found"][key] = in_a_process(one, given)
+    keeping = threading.Lock()
+
+    def run(one: tuple[str, str, str, str]) -> None:
+        print(key := " ".join(one), file=sys.stderr, flush=True)
+        found = in_a_process(one, given)
+        with keeping:
+            kept["found"][key] = found
             write_json(given.out, kept)
+
+    missing = [one for one in jobs(given) if " ".join(one) not in kept["found"]]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        try:
+            for _ in pool.map(run, missing):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
     print(table(kept["found"], given), comparisons(kept["found"], given), sep="\n\n")
 
 

@@ -20,9 +20,9 @@ by taylor with readers fitted by least squares.
 Every contender and seed runs in a process of its own; `--jobs 2 --threads 1` keeps two of them going, which is sooner done on two
 cores than one after the other on both. Seconds are then those of a process beside another.
 
-Differences to the baseline are of the same examples, averaged over the seeds, with the 95% interval of a paired bootstrap over the
-examples; what the seeds gave stands beside it as least and most. A second table sets ours against the others in the same way. What
-was found is kept in --out, and a second call goes on from there.
+Differences to the baseline are of the same examples, averaged over the seeds, with the 95% interval of a paired bootstrap over
+the examples; what the seeds gave stands beside it as least and most. A second table sets ours against the others in the same way.
+What was found is kept in --out, and a second call goes on from there.
 
 Shape legend: N test examples.
 """
@@ -394,7 +394,8 @@ def main() -> None:
     keeping = threading.Lock()
 
     def run(one: tuple[str, str, str, str]) -> None:
-        print(key := " ".join(one), file=sys.stderr, flush=True)
+        key = " ".join(one)
+        sys.stderr.write(f"{key}\n")
         found = in_a_process(one, given)
         with keeping:
             kept["found"][key] = found

@@ -67,10 +67,11 @@ class Quantize(Pass):
         "weights alone. A mapping names a scheme by tower or component, and leaves the others in float32.",
     )
     samples: int = Field(256, ge=8, le=100_000, description="Calibration examples for int8-static, gptq and awq (8 to 100000).")
-    block_size: Literal[32, 64, 128] | None = Field(
+    block_size: Literal[32, 64, 128, 256] | None = Field(
         None,
-        description="Weights that share a scale under the weight-only schemes: 32, 64 or 128. Smaller is more exact and larger. "
-        "Left out: 64 at 4 bits, 128 at 8. Layers that it does not divide take a smaller one where that takes less space.",
+        description="Weights that share a scale under the weight-only schemes: 32, 64, 128 or 256. Smaller is more exact and "
+        "larger. Left out: 64 at 4 bits, 256 at 8. Layers that it does not divide take a smaller one where that takes less "
+        "space.",
     )
     algorithm: Algorithm = Field(
         "rtn",

@@ -15,13 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from mmcompress.quantization.blocks import Bits, Floats, Grid, in_blocks, nearest_grid, range_of, round_to
+from mmcompress.quantization.blocks import Bits, Floats, Grid, cut_grid, nearest_grid
 from mmcompress.quantization.moments import Moments
 
 ALPHAS = tuple(i / 20 for i in range(20))
 """The exponents that are tried; the paper's grid. 0 leaves everything as it is."""
-SHRINKS = tuple(1 - i / 20 for i in range(11))
-"""The shares of a block's range that are tried, 1 to 0.5."""
 NORM = "LayerNormalization"
 
 
@@ -47,25 +45,14 @@ def input_scales(weights: Sequence[Floats], moments: Moments, bits: Bits, block_
 
 
 def clipped_grid(weight: Floats, product: Floats, bits: Bits, block_size: int) -> Grid:
-    """The grid whose ranges are cut, block by block and output by output, to where the output's error is least.
+    """The grid whose ranges are cut to where the output's error is least.
 
     Args:
         weight: (K, N).
         product: X^T X, (K, K); what blocks do to one another is left aside.
     """
-    blocks = in_blocks(weight, block_size)
-    inside = _diagonal_blocks(product, block_size, len(blocks))
-    scales, zeros = range_of(blocks, bits)
-    least = np.full(scales.shape, np.inf)
-    for shrink in SHRINKS:
-        tried = range_of(blocks, bits, shrink)
-        digits = round_to(blocks, tried[0][:, None], tried[1][:, None], bits)
-        error = (digits - tried[1][:, None]) * tried[0][:, None] - blocks
-        cost = np.einsum("jbn,jbn->jn", error, inside @ error)
-        better = cost < least
-        least = np.where(better, cost, least)
-        scales, zeros = np.where(better, tried[0], scales), np.where(better, tried[1], zeros)
-    return Grid(bits, block_size, scales, zeros)
+    inside = _diagonal_blocks(product, block_size, -(-len(weight) // block_size))
+    return cut_grid(weight, bits, block_size, lambda error: np.einsum("jbn,jbn->jn", error, inside @ error))
 
 
 def awq(weight: Floats, product: Floats, bits: Bits, block_size: int) -> tuple[NDArray[np.uint8], Grid]:

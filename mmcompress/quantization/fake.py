@@ -24,7 +24,7 @@ from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_excluded, unmatched
 from mmcompress.quantization.onnx_export import DEFAULT_OPSET, ComponentSpec, export_component
-from mmcompress.quantization.stored import store_constants
+from mmcompress.quantization.stored import fold_lookups, store_constants
 
 WEIGHT_LEVELS, REDUCED_LEVELS = 127, 63
 ACTIVATION_LEVELS = 255
@@ -343,10 +343,12 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
         export_component(component, example_inputs, path)
     if tables:
         model = onnx.load(path)
+        fold_lookups(model)
         floats = 4 * sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
-        stored = [*onnx_graph.quantize_tables(model), *store_constants(model, float_bytes=floats)]
-        if stored:
-            onnx_graph.save(model, path)
+        onnx_graph.quantize_tables(model)
+        store_constants(model, float_bytes=floats)
+        del model.graph.value_info[:]
+        onnx_graph.save(model, path)
 
 
 def _layers(module: nn.Module) -> list[FakeQuantLinear]:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from mmcompress.quantization.graph_edit import GraphEdit
+from mmcompress.quantization.graph_edit import GraphEdit, reads
 from mmcompress.quantization.naming import is_meant, module_path
 from mmcompress.quantization.onnx_export import EXTERNAL_DATA_LIMIT_BYTES, EXTERNAL_DATA_SUFFIX
 from mmcompress.quantization.onnx_file import write_model
@@ -24,8 +24,9 @@ LAYOUT = ("Reshape", "Transpose")
 """Operators that only move numbers."""
 MOVES = (*LAYOUT, "Identity", "Cast", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear")
 """Operators that leave numbers as they are, but for rounding."""
-MIN_TABLE_BYTES = 65_536
-"""Smaller tables stay float: three more nodes a call for less than 50 kB of disk."""
+ZERO_POINTS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+MIN_TABLE_BYTES = 16_384
+"""Smaller tables stay float: three more nodes a call for less than 12 kB of disk."""
 
 
 def file_bytes(path: Path) -> int:
@@ -230,10 +231,37 @@ def quantize_tables(model: onnx.ModelProto, exclude: tuple[str, ...] = (), inclu
     return tuple(tables)
 
 
+def share_zero_points(model: onnx.ModelProto) -> int:
+    """Keeps equal vectors of 8-bit integers once, in place; returns how many were left out.
+
+    ONNX Runtime's quantizer gives each layer zero points of its own, a byte for each output, and all of them are 0.
+    """
+    firsts: dict[tuple[int, bytes], str] = {}
+    outputs = {value.name for value in model.graph.output}
+    inner = {name for node in model.graph.node for name in set(reads(node)) - set(node.input)}  # in branches
+    instead: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in ZERO_POINTS and len(tensor.dims) == 1 and tensor.name not in outputs | inner:
+            first = firsts.setdefault((tensor.data_type, numpy_helper.to_array(tensor).tobytes()), tensor.name)
+            if first != tensor.name:
+                instead[tensor.name] = first
+    if instead:
+        for node in model.graph.node:
+            node.input[:] = [instead.get(name, name) for name in node.input]
+        kept = [tensor for tensor in model.graph.initializer if tensor.name not in instead]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+    return len(instead)
+
+
 def table_lookups(
-    model: onnx.ModelProto, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()
+    model: onnx.ModelProto, exclude: tuple[str, ...] = (), include: tuple[str, ...] = (), least: int | None = None
 ) -> dict[str, list[onnx.NodeProto]]:
-    """The embedding tables that may be stored as integers, each with the nodes that look it up and nothing else reads it."""
+    """The embedding tables that may be stored as integers, each with the nodes that look it up and nothing else reads it.
+
+    Args:
+        least: bytes of a table; `MIN_TABLE_BYTES` where it is left out.
+    """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     lookups: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -244,7 +272,8 @@ def table_lookups(
         elsewhere = any(name in node.input for node in model.graph.node if node.op_type != "Gather")
         constant = any(node.input[1] in weights for node in nodes)
         meant = all(is_meant(module_path(node.name), include, exclude) for node in nodes)
-        if not (elsewhere or constant or any(_axis(node) for node in nodes)) and meant and _is_table(weights[name]):
+        plain = not (elsewhere or constant or any(_axis(node) for node in nodes))
+        if plain and meant and _is_table(weights[name], MIN_TABLE_BYTES if least is None else least):
             found[name] = nodes
     return found
 
@@ -253,9 +282,9 @@ def _axis(node: onnx.NodeProto) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
-def _is_table(tensor: onnx.TensorProto) -> bool:
+def _is_table(tensor: onnx.TensorProto, least: int) -> bool:
     count = int(np.prod(tensor.dims))
-    return tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and 4 * count >= MIN_TABLE_BYTES
+    return tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and 4 * count >= least
 
 
 def _replace_table(model: onnx.ModelProto, tensor: onnx.TensorProto, nodes: list[onnx.NodeProto]) -> None:

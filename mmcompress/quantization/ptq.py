@@ -182,16 +182,18 @@ def _finish(
         kernels: whether those of convolutions that stay float are among the constants.
     """
     model = onnx.load(target)
-    changed = onnx_graph.spare_float_readers(model, set(integer)) if integer else 0
-    changed += onnx_graph.quantize_before_moves(model, set(early)) if early else 0
+    if integer:
+        onnx_graph.spare_float_readers(model, set(integer))
+    if early:
+        onnx_graph.quantize_before_moves(model, set(early))
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
     replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
     replaced += store_constants(model, plan.include, plan.exclude, float_bytes=onnx_graph.file_bytes(source), kernels=kernels)
-    beside = Path(f"{target}.data")  # ONNX Runtime's own name for the weights of large models
-    if replaced or changed or beside.exists():
-        onnx_graph.save(model, target)
-        beside.unlink(missing_ok=True)
+    onnx_graph.share_zero_points(model)
+    del model.graph.value_info[:]  # runtimes infer them, and know better after what was done here
+    onnx_graph.save(model, target)
+    Path(f"{target}.data").unlink(missing_ok=True)  # ONNX Runtime's own name for the weights of large models
     # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.
     float_names = {node.name.removesuffix("_MatMul") for node in onnx_graph.weighted_nodes(model)}
     return QuantizationResult(

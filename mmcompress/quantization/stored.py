@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from mmcompress.quantization.graph_edit import GraphEdit
 from mmcompress.quantization.naming import is_meant, module_path
 from mmcompress.quantization.onnx_graph import MIN_TABLE_BYTES
 
@@ -53,6 +54,26 @@ def store_constants(
     for node in reversed(added):
         model.graph.node.insert(0, node)
     return tuple(found)
+
+
+def fold_lookups(model: onnx.ModelProto) -> int:
+    """Puts rows that are always the same ones in the place of their lookup, in place; returns how many lookups that were.
+
+    A speech encoder looks all of its positions up, in order: its table can then be stored like any other that is added.
+    """
+    edit = GraphEdit(model)
+    fixed = [
+        node
+        for node in edit.nodes
+        if node.op_type == "Gather" and all(name in edit.weights for name in node.input) and not edit.is_output(node.output[0])
+    ]
+    for node in fixed:
+        table, ids = (edit.array(name) for name in node.input)
+        edit.add(node.output[0], np.take(table, ids, axis=edit.attribute(node, "axis", 0)))
+        edit.replace([node], [])
+    if fixed:
+        edit.finish()
+    return len(fixed)
 
 
 def _axis(node: onnx.NodeProto, place: int, tensor: onnx.TensorProto, float_bytes: int) -> int | None:

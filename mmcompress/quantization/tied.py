@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from mmcompress.quantization import onnx_graph
-from mmcompress.quantization.blocks import Bits, Grid, fitting, nearest_grid, packed, replace_weights
+from mmcompress.quantization.blocks import Bits, Grid, fitting, packed, replace_weights, rtn
 
 
 def share_tied(
@@ -34,7 +34,7 @@ def share_tied(
         The names of the tables, and of the MatMul nodes that were replaced.
     """
     include, exclude = (tuple(one) for one in patterns)
-    tables = onnx_graph.table_lookups(model, exclude, include)
+    tables = onnx_graph.table_lookups(model, exclude, include, least=0)  # a small one is there twice, too
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     readers: dict[str, set[str]] = {}
     for node in model.graph.node:
@@ -49,8 +49,7 @@ def share_tied(
         if weight is None or weight in found or width % size:  # a lookup would have the last block's filling in its rows
             continue
         values = numpy_helper.to_array(held[weight])
-        grid = nearest_grid(values, bits, size)
-        found[weight], shared[table] = (grid.digits(values), grid), weight
+        found[weight], shared[table] = rtn(values, bits, size), weight
     meant = {name for weight in found for name in readers[weight]}
     replace_weights(model, found, meant)
     for table, weight in shared.items():

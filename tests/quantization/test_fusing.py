@@ -45,8 +45,7 @@ def test_fused_files_give_the_same_numbers(exported, tmp_path, name, ranges):
     assert found.attentions == kinds["QAttention"] == 2
     assert found.zero_points > 0
     if ranges.startswith("static"):
-        # 2 layers of q, k, v, out, fc1 and fc2; ONNX Runtime has put the text tower's last one into its SkipLayerNormalization
-        assert found.biases == 12 - (name == "text")
+        assert found.biases == 12  # 2 layers of q, k, v, out, fc1 and fc2
     assert {one.domain for one in onnx.load(fused).opset_import} <= {"", "com.microsoft"}
 
 

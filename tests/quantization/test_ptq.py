@@ -200,6 +200,31 @@ def test_table_by_hand(monkeypatch):
     np.testing.assert_allclose(rows, [[-254, 4], [1.27, 0.5], [0, 0], [1.27, 0.5]], rtol=1e-6)
 
 
+def test_equal_zero_points_are_kept_once_where_no_branch_and_no_output_has_their_name():
+    zeros = {name: numpy_helper.from_array(np.zeros(3, dtype=np.int8), name) for name in ("a", "b", "branch", "out")}
+    others = [
+        numpy_helper.from_array(np.zeros(3, dtype=np.uint8), "unsigned"),
+        numpy_helper.from_array(np.ones(3, dtype=np.int8), "ones"),
+        numpy_helper.from_array(np.zeros((3, 1), dtype=np.int8), "column"),
+        numpy_helper.from_array(np.zeros(3, dtype=np.float32), "float"),
+        numpy_helper.from_array(np.zeros(3, dtype=np.float32), "same"),
+    ]
+    given = [one.name for one in others]
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["branch"], ["y"])],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, [3])],
+    )
+    nodes = [helper.make_node("Something", ["x", *zeros, *given], ["z"]), helper.make_node("If", ["c"], ["i"], then_branch=inner)]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.INT8, [3])]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], outputs, [*zeros.values(), *others]))
+    assert onnx_graph.share_zero_points(model) == 1
+    assert [one.name for one in model.graph.initializer] == ["a", "branch", "out", *given]
+    assert list(model.graph.node[0].input) == ["x", "a", "a", "branch", "out", *given]
+    assert model.graph.node[1].attribute[0].g.node[0].input[0] == "branch"
+
+
 def test_small_and_excluded_tables_stay_float():
     assert onnx_graph.quantize_tables(lookup_model(np.ones((8, 8), dtype=np.float32))) == ()
     large = np.ones((1000, 64), dtype=np.float32)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
-from mmcompress.quantization.stored import store_constants
+from mmcompress.quantization.stored import fold_lookups, store_constants
 from mmcompress.quantization.weight_only import quantize_weights
 
 CHANNELS, WIDTH, STEPS = 80, 256, 120
@@ -116,3 +116,31 @@ def test_the_schemes_store_them(scheme: str, tmp_path: Path) -> None:
     wanted, got = run(speech()), run(model)
     cosines = (got * wanted).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(wanted, axis=-1)
     assert cosines.mean() > (0.99 if scheme == "int4" else 0.999)
+
+
+def test_positions_that_are_looked_up_in_a_fixed_order_are_stored_too() -> None:
+    model = speech()
+    wanted = run(model)
+    table, order = held(model)["positions"], np.arange(STEPS)[::-1].copy()
+    place = next(i for i, one in enumerate(model.graph.initializer) if one.name == "positions")
+    model.graph.initializer[place].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(table[order]), "table"))
+    model.graph.initializer.append(numpy_helper.from_array(order, "order"))
+    model.graph.node.insert(0, helper.make_node("Gather", ["table", "order"], ["positions"], "encoder.embed_positions/Gather"))
+    assert store_constants(model, float_bytes=1_000_000) == ("kernel",)
+    assert fold_lookups(model) == 1
+    assert not {"table", "order"} & set(held(model))
+    assert store_constants(model, float_bytes=1_000_000) == ("positions",)
+    assert 0 < np.abs(run(model) - wanted).max() < 0.05
+
+
+def test_rows_that_leave_the_graph_and_ids_that_are_given_stay_lookups() -> None:
+    weights = [numpy_helper.from_array(np.ones((4, 2), dtype=np.float32), "t"), numpy_helper.from_array(np.array([1, 2]), "i")]
+    nodes = [
+        helper.make_node("Gather", ["t", "i"], ["rows"], "a/Gather"),
+        helper.make_node("Gather", ["t", "ids"], ["given"], "b/Gather"),
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("rows", "given")]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, weights))
+    assert fold_lookups(model) == 0
+    assert [node.op_type for node in model.graph.node] == ["Gather", "Gather"]

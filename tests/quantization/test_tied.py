@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmcompress.quantization.blocks import nearest_grid
+from mmcompress.quantization import onnx_graph
+from mmcompress.quantization.blocks import rtn
 from mmcompress.quantization.weight_only import quantize_weights
 
 VOCABULARY = 300
@@ -46,19 +47,33 @@ def test_a_tied_table_is_stored_once(tmp_path, shape, bits, width):
         result = quantize_weights(tmp_path / "float.onnx", tmp_path / f"{tied}.onnx", bits=bits, block_size=32)
         assert (result.quantized, result.left_float, result.tables) == (("proj_out/MatMul",), (), ("table",))
         sizes[tied] = result.bytes_after
-    digits = VOCABULARY * width * bits // 8
-    assert sizes[False] - sizes[True] > 0.9 * digits
+    assert sizes[False] - sizes[True] > 0.9 * VOCABULARY * width * bits // 8
     options = ort.SessionOptions()
     options.log_severity_level = 3
     ids = np.array([0, 7, 299]).reshape(shape)
     rows, logits = ort.InferenceSession(tmp_path / "True.onnx", options).run(None, {"ids": ids})
     weight = numpy_helper.to_array(decoder(True, shape, width).graph.initializer[1])
-    grid = nearest_grid(weight, bits, 32)
-    held = grid.values(grid.digits(weight))
+    digits, grid = rtn(weight, bits, 32)
+    held = grid.values(digits)
     np.testing.assert_allclose(rows, held.T[ids], atol=1e-6)
     # The kernel rounds its inputs to int8.
     np.testing.assert_allclose(logits, held.T[ids] @ held, atol=0.02 * np.abs(held.T[ids] @ held).max())
-    assert 0 < np.abs(rows - weight.T[ids]).max() <= 0.51 * grid.scales.max()
+    if bits == 8:  # no range is cut
+        assert 0 < np.abs(rows - weight.T[ids]).max() <= 0.51 * grid.scales.max()
+
+
+def test_a_small_tied_table_is_stored_once_too(tmp_path):
+    """Its layer takes integers in any case: floats beside them would be the table a second time."""
+    model = decoder(True, width=32)
+    table = numpy_helper.to_array(model.graph.initializer[0])[:40]
+    for place, values in enumerate((table, np.ascontiguousarray(table.T))):
+        model.graph.initializer[place].CopyFrom(numpy_helper.from_array(values, model.graph.initializer[place].name))
+    model.graph.output[1].type.tensor_type.shape.dim[1].dim_value = 40
+    onnx.save(model, tmp_path / "float.onnx")
+    assert table.nbytes < onnx_graph.MIN_TABLE_BYTES
+    assert quantize_weights(tmp_path / "float.onnx", tmp_path / "q.onnx", bits=8).tables == ("table",)
+    floats = [one for one in onnx.load(tmp_path / "q.onnx").graph.initializer if one.data_type == TensorProto.FLOAT]
+    assert all(np.prod(one.dims) <= 40 for one in floats)
 
 
 def test_an_excluded_table_or_layer_stays_apart(tmp_path):

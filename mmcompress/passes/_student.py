@@ -104,7 +104,7 @@ def inherit(
     """
     from mmcompress.pruning.cut import sizes, smallest
 
-    now = smallest(sizes(model))
+    now, parameters = smallest(sizes(model)), model.parameters()  # the model itself is cut where it may be consumed
     wrong = mistakes(student, model.family, now)
     if wrong:
         raise RecipeError("distill: " + "; ".join(wrong))
@@ -116,7 +116,7 @@ def inherit(
         facts |= {key: said[key] for key in said if key == "kept_layers"}
     after = sizes(new)
     facts["sizes"] = {tower: {"before": now[tower], "after": after[tower]} for tower in model.family.towers}
-    facts["parameters"] = {"before": model.parameters(), "after": new.parameters()}
+    facts["parameters"] = {"before": parameters, "after": new.parameters()}
     return new, facts
 
 

@@ -74,11 +74,13 @@ def test_other_families(kind: str) -> None:
     shape = _student.Shape(depth=1, ffn=0.5, criterion="magnitude")
     before = family.config_sizes(model.module.config)
     assert _student.mistakes(shape, family, before) == []
-    new, facts = _student.inherit(shape, model, Context())
+    parameters = model.parameters()
+    new, facts = _student.inherit(shape, model, Context(consume=True))  # as in a run: the model given is cut itself
     after = family.config_sizes(new.module.config)
     assert after == _student.plan(shape, family, before)
     assert all(own["depth"] == 1 and own["ffn"] * 2 == before[tower]["ffn"] for tower, own in after.items())
-    assert facts["parameters"]["after"] < model.parameters()
+    assert facts["parameters"] == {"before": parameters, "after": new.parameters()}
+    assert new.parameters() < parameters
     if kind == "blip":
         (said,) = _student.mistakes(_student.Shape(width=0.5), family, before)
         assert "student: width cannot be cut in the family" in said

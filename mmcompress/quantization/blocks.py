@@ -22,6 +22,7 @@ SMALLEST = 32
 """Inputs in a block, at least: more scales than that are no small part of 4 bits."""
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """The shares of a block's range that are tried, 1 to 0.5."""
+AT_ONCE = 2**18
 DEFAULT_SIZES: Mapping[int, int] = {4: 64, 8: 256}
 """Block size by bits: with blocks of 32 a CLIP at 4 bits is a tenth larger, and 8 bits are exact enough for fewer still."""
 INT8_ACTIVATIONS = 4
@@ -49,16 +50,19 @@ class Grid:
 
     def digits(self, weight: Floats) -> NDArray[np.uint8]:
         """The nearest digits, (K, N)."""
-        scales, zeros = self._spread(len(weight))
-        return round_to(weight, scales, zeros, self.bits)
+        found = np.empty(weight.shape, dtype=np.uint8)
+        for some in _outputs_at_a_time(weight):
+            scales, zeros = self._spread(len(weight), some)
+            found[:, some] = round_to(weight[:, some], scales, zeros, self.bits)
+        return found
 
     def values(self, digits: NDArray[np.uint8]) -> Floats:
         """What digits (K, N) stand for."""
         scales, zeros = self._spread(len(digits))
         return (digits - zeros) * scales
 
-    def _spread(self, rows: int) -> tuple[Floats, Floats]:
-        scales, zeros = (np.repeat(part, self.block_size, axis=0)[:rows] for part in (self.scales, self.zeros))
+    def _spread(self, rows: int, outputs: slice = slice(None)) -> tuple[Floats, Floats]:
+        scales, zeros = (np.repeat(part[:, outputs], self.block_size, axis=0)[:rows] for part in (self.scales, self.zeros))
         return scales, zeros
 
 
@@ -121,7 +125,13 @@ def cut_grid(
         weight: (K, N).
         cost: of the errors of blocks (J, block size, N), (J, N); the sum of their squares where it is left out.
     """
-    blocks = in_blocks(weight, block_size)
+    parts = [_cut(in_blocks(weight[:, some], block_size), bits, cost) for some in _outputs_at_a_time(weight)]
+    scales, zeros = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return Grid(bits, block_size, scales, zeros)
+
+
+def _cut(blocks: Floats, bits: Bits, cost: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
+    """Scales and zero points (J, N) of blocks (J, block size, N)."""
     scales, zeros = range_of(blocks, bits)
     least = np.full(scales.shape, np.inf)
     for shrink in SHRINKS:
@@ -131,7 +141,13 @@ def cut_grid(
         better = found < least
         least = np.where(better, found, least)
         scales, zeros = np.where(better, tried[0], scales), np.where(better, tried[1], zeros)
-    return Grid(bits, block_size, scales, zeros)
+    return scales, zeros
+
+
+def _outputs_at_a_time(weight: Floats) -> list[slice]:
+    """Outputs of a weight (K, N) in parts of about `AT_ONCE` numbers: what is made of them takes several times their place."""
+    step = max(1, AT_ONCE // len(weight))
+    return [slice(start, start + step) for start in range(0, weight.shape[1], step)]
 
 
 def rtn(weight: Floats, bits: Bits, block_size: int) -> tuple[NDArray[np.uint8], Grid]:

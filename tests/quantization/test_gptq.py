@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmcompress.quantization import awq
-from mmcompress.quantization.blocks import Grid, fitting, nearest_grid, packed, replace_weights
+from mmcompress.quantization import awq, blocks
+from mmcompress.quantization.blocks import Grid, fitting, nearest_grid, packed, replace_weights, rtn
 from mmcompress.quantization.gptq import DAMPING, gptq
 from mmcompress.quantization.moments import Moments, stream
 from mmcompress.quantization.weight_only import quantize_weights
@@ -121,6 +121,17 @@ def test_digits_are_written_as_onnx_runtime_reads_them(bits, inputs, size):
     np.testing.assert_allclose(found, x @ grid.values(grid.digits(weight)).astype(np.float32), atol=1e-4)
     assert np.abs(found - x @ weight).max() > 1e-3
     assert {k: v.dtype for k, v in packed(grid.digits(weight), grid).items()}["scales"] == np.float32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_large_weights_are_rounded_a_few_outputs_at_a_time_to_the_same(monkeypatch, bits):
+    weight = np.random.default_rng(0).normal(size=(40, 13)).astype(np.float32)
+    at_once, grid = rtn(weight, bits, 32)
+    monkeypatch.setattr(blocks, "AT_ONCE", 100)  # two outputs of 40 inputs
+    in_parts, other = rtn(weight, bits, 32)
+    np.testing.assert_array_equal(in_parts, at_once)
+    np.testing.assert_array_equal(other.scales, grid.scales)
+    np.testing.assert_array_equal(other.zeros, grid.zeros)
 
 
 def test_layers_take_the_block_size_that_takes_less_space():

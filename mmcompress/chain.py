@@ -32,6 +32,7 @@ from mmcompress.measure.slicing import check_columns
 from mmcompress.model import CompressedModel, load
 from mmcompress.origins import origins
 from mmcompress.passes.base import Pass
+from mmcompress.plan import fit
 from mmcompress.progress import SILENT, Reporter
 from mmcompress.recipe import Recipe, load_recipe, make_recipe, margins, resolved
 from mmcompress.report.build import add_notes, judge, shipping_row, totals
@@ -146,6 +147,8 @@ class Chain:
     def go(self) -> RunResult:
         """All steps, the final folders and the report."""
         self._open()
+        if not all(self._whole(self.folder / "steps" / name) for name in self.names):
+            fit(self.recipe)  # what could only end with an error hours from now is told at once
         data = load_examples(self.recipe)
         for which, examples in data.items():
             log.info("%s: %d examples", which, len(examples))

@@ -1,4 +1,4 @@
-"""What a recipe will do and about what it will cost, found without loading weights: for ``mmcompress check``."""
+"""Whether a recipe fits, what it will do and about what that will cost, found without loading weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import time
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
-from mmcompress.config import family_of, load_config
+from mmcompress.config import check_config, family_of, load_config
 from mmcompress.errors import RecipeError
+from mmcompress.families.base import Family
 from mmcompress.measure.size import shape_cost
+from mmcompress.passes.base import Pass
 from mmcompress.recipe import Recipe
 from mmcompress.training.settings import TrainingSettings
 
@@ -39,32 +42,37 @@ class PlannedStep:
     assumed: str = ""
 
 
-def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]:
-    """Estimates for the baseline and every pass.
+@dataclass
+class _Fitted:
+    """A pass and what it is given.
 
-    Args:
-        train_examples: how many training examples there are, where that is known.
+    Attributes:
+        config: of the model before the pass, but for its sizes.
+        sizes: after the pass.
+        assumed: what was taken for what a run would measure.
+    """
+
+    step: Pass
+    family: Family
+    config: PretrainedConfig
+    sizes: dict[str, dict[str, int]]
+    assumed: str
+
+
+def fit(recipe: Recipe) -> list[_Fitted]:
+    """Each pass on what the passes before it leave, by the model's config alone.
 
     Raises:
-        RecipeError: a pass does not fit the model (an unknown tower, a ratio that leaves nothing), each with its key.
+        RecipeError: a pass does not fit the model (an unknown tower, a ratio that leaves nothing) or this machine (a package is
+            missing), each with its key.
         ModelError: the model's config cannot be read.
     """
-    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    family = family_of(config, recipe.model)
-    recipe.task.fits(family.abilities, family.name)
-    sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
-    parameters, flops = shape_cost(family, config)
-    found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
-    mistakes: list[str] = []
-    weight_bytes: float = FLOAT_BYTES
-    rate = _flops_per_second()
+    config, family, sizes = _model(recipe, recipe.model, recipe.trust_remote_code)
+    found, mistakes = [], []
     for i, step in enumerate(recipe.passes):
         other = step.replacement()
         if other is not None:
-            config = load_config(other)
-            family = family_of(config, other)
-            recipe.task.fits(family.abilities, family.name)
-            sizes = {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
+            config, family, sizes = _model(recipe, other)
         wrong = step.check_against(family, sizes)
         if wrong:
             mistakes += [f"passes.{i} ({step.name}): {text}" for text in wrong]
@@ -75,9 +83,44 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
             mistakes.append(f"passes.{i} ({step.name}): {str(e).removeprefix(step.name + ': ')}")
             continue
         sizes = step.plan_for(family, sizes)
-        before = found[-1].parameters
-        parameters, flops = shape_cost(family, family.resized_config(config, sizes))
-        training = step if isinstance(step, TrainingSettings) else getattr(step, "training", None)
+        found.append(_Fitted(step, family, config, sizes, assumed))
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return found
+
+
+def _model(
+    recipe: Recipe, name: str, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, Family, dict[str, dict[str, int]]]:
+    """A model's config, family and sizes, checked as `load` does."""
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    family = family_of(config, name)
+    check_config(config, family, name)
+    recipe.task.fits(family.abilities, family.name)
+    return config, family, {tower: dict(axes) for tower, axes in family.config_sizes(config).items()}
+
+
+def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]:
+    """Estimates for the baseline and every pass.
+
+    Args:
+        train_examples: how many training examples there are, where that is known.
+
+    Raises:
+        RecipeError: see `fit`.
+        ModelError: see `fit`.
+    """
+    fitted = fit(recipe)
+    config, family, sizes = _model(recipe, recipe.model, recipe.trust_remote_code)
+    parameters, flops = shape_cost(family, config)
+    found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
+    weight_bytes: float = FLOAT_BYTES
+    rate = _flops_per_second()
+    for i, one in enumerate(fitted):
+        step, before = one.step, found[-1].parameters
+        parameters, flops = shape_cost(one.family, one.family.resized_config(one.config, one.sizes))
+        settings: object = step
+        training = settings if isinstance(settings, TrainingSettings) else getattr(step, "training", None)
         trains = training is not None
         taught = step.name in ("distill", "qat") or (trains and step.name == "prune")
         weight_bytes = step.weight_bytes() or weight_bytes
@@ -86,9 +129,7 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
         # Rounds of pruning train models of all sizes from the old to the new one.
         trained = (flops + found[-1].flops) // 2 if step.name == "prune" else flops
         seconds = _seconds(training, trained, found[0].flops if taught else 0, train_examples, rate) if training else None
-        found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, sizes, assumed))
-    if mistakes:
-        raise RecipeError("\n".join(mistakes))
+        found.append(PlannedStep(f"{i + 1}-{step.name}", parameters, disk, flops, memory, seconds, one.sizes, one.assumed))
     return found
 
 

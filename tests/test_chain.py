@@ -184,6 +184,27 @@ def test_kill_9_then_the_same_command_ends_with_the_same_bytes(tmp_path: Path, a
     assert not list(killed.rglob("*.partial"))
 
 
+def test_a_pass_that_cannot_work_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of training may lie before it; a run that is finished only reads, whatever is installed by then."""
+    passes: list[dict[str, Any]] = [
+        {"pass": "prune", "axis": "ffn", "ratio": 0.5},
+        {"pass": "prune", "axis": "ffn", "ratio": {"tail": 0.5}},
+        {"pass": "quantize", "placement": "measure", "runtime": "openvino"},
+    ]
+    monkeypatch.setattr("mmcompress.passes.quantize.openvino_installed", lambda: False)
+    with pytest.raises(RecipeError) as caught:
+        mm.run(tiny.recipe(tmp_path, passes=passes), tmp_path / "run")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("passes.1 (prune): ")
+    assert "tail" in first
+    assert second.startswith("passes.2 (quantize): runtime: ")
+    assert not (tmp_path / "run").exists()
+    recipe = tiny.recipe(tmp_path, passes=passes[:1])
+    mm.run(recipe, tmp_path / "run")
+    monkeypatch.setattr(mm.passes.Prune, "check_against", lambda *given: ["no longer"])
+    assert mm.run(recipe, tmp_path / "run").report.totals.finished
+
+
 def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     from mmcompress.run_folder import exclusive

@@ -75,14 +75,20 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def affinity() -> list[int]:
+    """The cores that this process, and those that it starts, may use; empty where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def environment() -> dict[str, Any]:
-    """Versions, processor, cores and memory."""
+    """Versions, processor, cores, those that may be used, and memory."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
+        "affinity": affinity(),
         "memory_bytes": psutil.virtual_memory().total,
         "versions": versions(),
     }

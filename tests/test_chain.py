@@ -22,6 +22,7 @@ from transformers import CLIPModel
 
 import mmcompress as mm
 from mmcompress import files
+from mmcompress.environment import affinity
 from mmcompress.errors import DataError, ModelError, RecipeError, TrainingError, UserError
 from mmcompress.measure import side_by_side, turns
 from mmcompress.model import align, load
@@ -439,6 +440,8 @@ def test_a_float16_source_is_said(tmp_path: Path) -> None:
 
 def test_a_run_without_passes_measures_the_baseline(tmp_path: Path) -> None:
     result = mm.run(tiny.recipe(tmp_path, passes=[]), tmp_path / "run")
+    assert result.report.environment["affinity"] == affinity()
+    assert len(affinity()) >= 1 or not hasattr(os, "sched_getaffinity")
     assert result.met
     assert [r.step for r in result.report.rows] == ["baseline"]
     assert json.loads((tmp_path / "run" / "report.json").read_text())["totals"]["headline"]

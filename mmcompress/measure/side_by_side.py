@@ -7,7 +7,6 @@ within 2% or the time is used up.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 
 from mmcompress.data.examples import Examples
+from mmcompress.environment import affinity
 from mmcompress.families.base import Call
 from mmcompress.measure.end_to_end import write_queries
 from mmcompress.measure.energy import Counters
@@ -148,7 +148,7 @@ def side_by_side(
             contestants.insert(1, again)
             every.append((first.name, again.name))
         with Turns(contestants, settings.threads, counters) as turns:
-            result = Result(started=turns.started, affinity=_affinity())
+            result = Result(started=turns.started, affinity=affinity())
             for batch in batches:
                 _in_turns(turns, batch, every, settings)
             result.busy_cores, result.idle_cores = turns.busy_cores(), turns.idle_cores()
@@ -183,10 +183,6 @@ def _doubled(size: int) -> list[int]:
     while (size := 2 * size) <= LARGEST_BATCH:
         found.append(size)
     return found
-
-
-def _affinity() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def _in_turns(turns: Turns, batch: str, pairs: Sequence[tuple[str, str]], settings: Settings) -> None:

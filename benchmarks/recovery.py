@@ -309,6 +309,8 @@ def row(found: dict[str, Any], subject: str, size: str, contender: str, seeds: l
     if size in MARGINS:
         verdict = "no worse" if 100 * low > -MARGINS[size] else "worse" if 100 * high < -MARGINS[size] else "not shown"
         verdict += f" at {MARGINS[size]:g}"
+        if (short := 100 * (old.mean() - scores.mean()) - MARGINS[size]) > 0:
+            verdict += f", short by {short:.2f}"
     seconds = np.mean([one["seconds"] for one in own])
     spread = f"{each.min():+.2f} to {each.max():+.2f}"
     value, share = f"{100 * scores.mean():.2f}", f"{own[0]['share']:.3f}"

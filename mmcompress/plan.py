@@ -59,15 +59,19 @@ class _Fitted:
     assumed: str
 
 
-def fit(recipe: Recipe) -> list[_Fitted]:
-    """Each pass on what the passes before it leave, by the model's config alone.
+def fit(recipe: Recipe) -> None:
+    """Tries each pass on what the passes before it leave, by the model's config alone.
 
     Raises:
         RecipeError: a pass does not fit the model (an unknown tower, a ratio that leaves nothing) or this machine (a package is
             missing), each with its key.
         ModelError: the model's config cannot be read.
     """
-    config, family, sizes = _model(recipe, recipe.model, recipe.trust_remote_code)
+    _fitted(recipe, *_model(recipe, recipe.model, recipe.trust_remote_code))
+
+
+def _fitted(recipe: Recipe, config: PretrainedConfig, family: Family, sizes: dict[str, dict[str, int]]) -> list[_Fitted]:
+    """The passes on a model."""
     found, mistakes = [], []
     for i, step in enumerate(recipe.passes):
         other = step.replacement()
@@ -110,8 +114,8 @@ def plan(recipe: Recipe, train_examples: int | None = None) -> list[PlannedStep]
         RecipeError: see `fit`.
         ModelError: see `fit`.
     """
-    fitted = fit(recipe)
     config, family, sizes = _model(recipe, recipe.model, recipe.trust_remote_code)
+    fitted = _fitted(recipe, config, family, sizes)
     parameters, flops = shape_cost(family, config)
     found = [PlannedStep("baseline", parameters, parameters * FLOAT_BYTES, flops, parameters * FLOAT_BYTES, None, sizes)]
     weight_bytes: float = FLOAT_BYTES

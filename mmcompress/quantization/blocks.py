@@ -23,6 +23,7 @@ SMALLEST = 32
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """The shares of a block's range that are tried, 1 to 0.5."""
 AT_ONCE = 2**18
+"""Numbers of a weight that are rounded together."""
 DEFAULT_SIZES: Mapping[int, int] = {4: 64, 8: 256}
 """Block size by bits: with blocks of 32 a CLIP at 4 bits is a tenth larger, and 8 bits are exact enough for fewer still."""
 INT8_ACTIVATIONS = 4
@@ -110,9 +111,9 @@ def in_blocks(weight: Floats, block_size: int) -> Floats:
     return np.pad(weight, ((0, fill), (0, 0))).reshape(-1, block_size, weight.shape[1])
 
 
-def nearest_grid(weight: Floats, bits: Bits, block_size: int, shrink: float | Floats = 1.0) -> Grid:
+def nearest_grid(weight: Floats, bits: Bits, block_size: int) -> Grid:
     """The grid that spans each block's range."""
-    scales, zeros = range_of(in_blocks(weight, block_size), bits, shrink)
+    scales, zeros = range_of(in_blocks(weight, block_size), bits)
     return Grid(bits, block_size, scales, zeros)
 
 

@@ -141,8 +141,8 @@ def weighing_products(model: onnx.ModelProto) -> set[str]:
     return {node.name for node in free_products(model) if any(softmax(name) for name in node.input)}
 
 
-def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
-    """Gives what stays float the values before rounding, in place; returns how many inputs that were.
+def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> None:
+    """Gives what stays float the values before rounding, in place.
 
     ONNX Runtime's quantizer hands a rounded tensor to everything that reads it: to a layer that was to stay in float, and to the
     residual additions of post-norm transformers.
@@ -152,7 +152,6 @@ def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
             give integers.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
-    spared = 0
     for node in model.graph.node:
         if node.name in integer or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -164,12 +163,10 @@ def spare_float_readers(model: onnx.ModelProto, integer: set[str]) -> int:
             maker = makers.get(there.input[0])
             if maker is None or maker.name not in integer:
                 node.input[place] = there.input[0]
-                spared += 1
-    return spared
 
 
-def quantize_before_moves(model: onnx.ModelProto, products: set[str]) -> int:
-    """Puts the rounding of products' inputs before what only moves them about, in place; returns how many that were.
+def quantize_before_moves(model: onnx.ModelProto, products: set[str]) -> None:
+    """Puts the rounding of products' inputs before what only moves them about, in place.
 
     The numbers stay the same where one scale is of all of them. What moves are then integers, and OpenVINO takes products and
     softmax of attention for one only where they stand so.
@@ -186,7 +183,6 @@ def quantize_before_moves(model: onnx.ModelProto, products: set[str]) -> int:
         node = makers.get(name)
         return node if node is not None and node.op_type in LAYOUT and count[name] == 1 else None
 
-    moved = 0
     for product in [node for node in model.graph.node if node.name in products]:
         for place, name in enumerate(product.input):
             back = makers.get(name)
@@ -198,10 +194,7 @@ def quantize_before_moves(model: onnx.ModelProto, products: set[str]) -> int:
             while (before := mover(first.input[0])) is not None:
                 first = before
             there.input[0], first.input[0], product.input[place] = first.input[0], name, last.output[0]
-            moved += 1
-    if moved:
-        GraphEdit(model).finish()  # sorts the nodes
-    return moved
+    GraphEdit(model).finish()  # sorts the nodes
 
 
 def op_counts(model: onnx.ModelProto) -> dict[str, int]:

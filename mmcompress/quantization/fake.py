@@ -25,12 +25,13 @@ from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.naming import is_excluded, unmatched
 from mmcompress.quantization.onnx_export import DEFAULT_OPSET, ComponentSpec, export_component
 from mmcompress.quantization.stored import fold_lookups, store_constants
+from mmcompress.quantization.tied import share_integers
 
 WEIGHT_LEVELS, REDUCED_LEVELS = 127, 63
 ACTIVATION_LEVELS = 255
 # Keeps 1 / scale finite for channels of zeros and for ranges of no width.
 _SMALLEST_SCALE = 1e-12
-_EXPORT_BUFFERS = ("weight_int8", "weight_int8_scale", "weight_int8_zero_point", "export_scale", "export_zero_point")
+_EXPORT_BUFFERS = ("weight_int8", "weight_int8_scale", "export_scale", "export_zero_point")
 
 
 class FakeQuantLinear(nn.Module):
@@ -53,7 +54,6 @@ class FakeQuantLinear(nn.Module):
     # Only there between begin_export and end_export.
     weight_int8: Tensor
     weight_int8_scale: Tensor
-    weight_int8_zero_point: Tensor
     export_scale: Tensor
     export_zero_point: Tensor
 
@@ -156,8 +156,7 @@ class FakeQuantLinear(nn.Module):
         )
         weight = torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (self.weight_int8, self.weight_int8_scale, self.weight_int8_zero_point),
-            {"axis": 1},
+            (self.weight_int8, self.weight_int8_scale),  # a zero point of 0 and axis 1 are what the operator takes by itself
             dtype=torch.float32,
             shape=[self.in_features, self.out_features],
             version=DEFAULT_OPSET,
@@ -180,8 +179,6 @@ class FakeQuantLinear(nn.Module):
         # [I, O] with axis 1, so that the graph has a plain MatMul(x, W), which ONNX Runtime fuses.
         self.register_buffer("weight_int8", weight.to(torch.int8).t().contiguous(), persistent=False)
         self.register_buffer("weight_int8_scale", weight_scale, persistent=False)
-        zeros = torch.zeros_like(weight_scale, dtype=torch.int8)
-        self.register_buffer("weight_int8_zero_point", zeros, persistent=False)
         self.register_buffer("export_scale", scale, persistent=False)
         self.register_buffer("export_zero_point", zero_point.to(torch.uint8), persistent=False)
         self._exporting = True
@@ -345,10 +342,32 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
         model = onnx.load(path)
         fold_lookups(model)
         floats = 4 * sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+        share_integers(model)
         onnx_graph.quantize_tables(model)
         store_constants(model, float_bytes=floats)
+        _name_constants(model)
         del model.graph.value_info[:]
         onnx_graph.save(model, path)
+
+
+def _name_constants(model: onnx.ModelProto) -> None:
+    """Names scales and zero points of activations by their tensor, in place, as ONNX Runtime's quantizer does.
+
+    The exporter names them by the layer, and each name stands there three times: in a small model that is 1% of the file.
+    """
+    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    names: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            for old, word in zip(node.input[1:], ("scale", "zero_point"), strict=True):
+                new = f"{node.input[0]}_{word}"
+                if old not in names and new not in taken:  # a tensor may be rounded in two ways
+                    names[old] = new
+                    taken.add(new)
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _layers(module: nn.Module) -> list[FakeQuantLinear]:

@@ -22,6 +22,7 @@ from onnx import helper
 
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.graph_edit import GraphEdit
+from mmcompress.quantization.tied import share_transposed
 
 MICROSOFT = "com.microsoft"
 MASKED = -1e4
@@ -63,6 +64,7 @@ def fuse(source: Path, target: Path) -> Fused:
     edit = GraphEdit(model)
     found = Fused(_biases(edit), _attentions(edit), _zero_points(edit))
     edit.finish()
+    share_transposed(model)
     used = {node.domain for node in model.graph.node}
     versions = [one for one in model.opset_import if one.domain in used]
     del model.opset_import[:]

@@ -123,6 +123,7 @@ def weighted_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def free_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """MatMul nodes of two activations: attention's products."""
     constants = weight_names(model)
+    constants.update([n.output[0] for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in constants])
     dequantized = [n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
     constants.update(dequantized)
     return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
@@ -287,17 +288,19 @@ def _replace_table(model: onnx.ModelProto, tensor: onnx.TensorProto, nodes: list
     scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)  # [V, 1]
     rounded = np.clip(np.rint(table / scales), -127, 127).astype(np.int8)
     model.graph.initializer.remove(tensor)
-    model.graph.initializer.append(numpy_helper.from_array(rounded, f"{name}_int8"))
-    model.graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scale"))
+    # Quantizers call what they make of a layer's weight or of a tensor `..._int8`, `..._scale`: these names are others.
+    numbers, units = f"{name}_rows", f"{name}_row_scales"
+    model.graph.initializer.append(numpy_helper.from_array(rounded, numbers))
+    model.graph.initializer.append(numpy_helper.from_array(scales, units))
     for node in nodes:
         position = next(i for i, other in enumerate(model.graph.node) if other.name == node.name)
         output, ids, stem = node.output[0], node.input[1], node.name
         model.graph.node.remove(node)
         added = [
-            helper.make_node("Gather", [f"{name}_int8", ids], [f"{output}_int8"], name=stem),
-            helper.make_node("Cast", [f"{output}_int8"], [f"{output}_unit"], f"{stem}_Cast", to=onnx.TensorProto.FLOAT),
-            helper.make_node("Gather", [f"{name}_scale", ids], [f"{output}_scale"], name=f"{stem}_scale"),
-            helper.make_node("Mul", [f"{output}_unit", f"{output}_scale"], [output], name=f"{stem}_Mul"),
+            helper.make_node("Gather", [numbers, ids], [f"{output}_row"], name=stem),
+            helper.make_node("Cast", [f"{output}_row"], [f"{output}_row_float"], f"{stem}_Cast", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Gather", [units, ids], [f"{output}_row_scale"], name=f"{stem}_scale"),
+            helper.make_node("Mul", [f"{output}_row_float", f"{output}_row_scale"], [output], name=f"{stem}_Mul"),
         ]
         for offset, new in enumerate(added):
             model.graph.node.insert(position + offset, new)

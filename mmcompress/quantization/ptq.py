@@ -24,6 +24,7 @@ from mmcompress.quantization.qdq import write_qdq
 from mmcompress.quantization.ranges import Ranges, activations, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
 from mmcompress.quantization.stored import store_constants
+from mmcompress.quantization.tied import share_integers
 from mmcompress.quantization.watching import Feeds as Feeds
 
 
@@ -188,7 +189,8 @@ def _finish(
         onnx_graph.quantize_before_moves(model, set(early))
     before = {node.name for node in model.graph.node if node.op_type == "Gather"}
     names = [*plan.chosen, *plan.others, *before]
-    replaced = onnx_graph.quantize_tables(model, plan.exclude, plan.include)
+    replaced = share_integers(model, plan.include, plan.exclude)
+    replaced += onnx_graph.quantize_tables(model, plan.exclude, plan.include)
     replaced += store_constants(model, plan.include, plan.exclude, float_bytes=onnx_graph.file_bytes(source), kernels=kernels)
     onnx_graph.share_zero_points(model)
     del model.graph.value_info[:]  # runtimes infer them, and know better after what was done here

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.graph_edit import GraphEdit
 from mmcompress.quantization.naming import module_path
+from mmcompress.quantization.tied import fold_transposed
 from mmcompress.quantization.watching import Arrays, Feeds
 from mmcompress.runtimes.decoding import PAST
 from mmcompress.runtimes.onnx_predict import open_session
@@ -53,6 +54,7 @@ class Switchboard:
             nodes = {node.name: node for node in model.graph.node}
             weights = {tensor.name: tensor for tensor in model.graph.initializer}
             edit = GraphEdit(onnx.load(quantized))
+            fold_transposed(edit)
             found = [one for node in list(edit.nodes) if (one := _switched(edit, node, nodes, weights)) is not None]
             if not found:
                 raise ValueError(f"{quantized}: has no layer that can be switched between int8 and float")

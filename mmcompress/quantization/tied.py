@@ -1,8 +1,9 @@
 """Embedding tables that are a layer's weight as well (a decoder's, mostly) are stored once.
 
-A float export holds such a table once, but integers for MatMulNBits and for a lookup lie apart, if each is quantized by itself:
-then half of a small decoder is there twice. Here lookups read rows of the very digits that MatMulNBits multiplies by, with
-standard operators. (GatherBlockQuantized does the same in one, but OpenVINO does not know its form with packed digits.)
+A float export holds such a table once, but integers for a product and for a lookup lie apart, if each is quantized by itself:
+then half of a small decoder is there twice. Here lookups read rows of the very digits that MatMulNBits multiplies by, or columns
+of the very integers that an int8 product does, with standard operators. (GatherBlockQuantized does the former in one, but
+OpenVINO does not know its form with packed digits.)
 
 Shapes: V rows of the table, outputs of the layer; D its width, inputs of the layer; J blocks of B inputs; I are those of the ids.
 """
@@ -19,6 +20,7 @@ from onnx import helper, numpy_helper
 
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.blocks import Bits, Grid, fitting, packed, replace_weights, rtn
+from mmcompress.quantization.graph_edit import GraphEdit
 
 
 def share_tied(
@@ -55,6 +57,105 @@ def share_tied(
     for table, weight in shared.items():
         _look_up(model, weight, found[weight], tables[table])
     return tuple(shared), meant
+
+
+def share_integers(model: onnx.ModelProto, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[str, ...]:
+    """Has lookups of float tables (V, D) read the int8 weights (D, V) of layers that were rounded from them, in place.
+
+    Weights are those with a scale for each output, a row of the table. What is looked up is off by at most half a scale, as the
+    layer's weight is. `Gather(table, ids)` becomes `Cast(Gather(rows, ids)) * Unsqueeze(Gather(scales, ids))`, with the weight's
+    integers as rows (V, D); see `share_transposed`.
+
+    Args:
+        model: int8 as QDQ, or as ONNX Runtime's dynamic quantizer writes it.
+        include: Patterns of module paths whose lookups may change, all where there are none; see `naming.matches`.
+        exclude: Patterns of module paths whose lookups stay.
+
+    Returns:
+        The names of the tables, which are no longer there.
+    """
+    tables = onnx_graph.table_lookups(model, tuple(exclude), tuple(include), least=0)
+    edit = GraphEdit(model)
+    scales = _scales(edit)
+    shared = []
+    for table, lookups in tables.items():
+        weight = next((name for name, scale in scales.items() if _rounded(edit, table, name, scale)), None)
+        if weight is None:
+            continue
+        rows = edit.add(f"{weight}_rows", edit.array(weight).T)
+        last = edit.add(f"{weight}_last_axis", np.array([-1]))
+        for node in [edit.makers[lookup.output[0]] for lookup in lookups]:
+            ids, output, stem = node.input[1], node.output[0], node.name
+            row, number, scale, spread = (f"{output}_{name}" for name in ("row", "row_float", "row_scale", "row_scale_spread"))
+            made = [
+                helper.make_node("Gather", [rows, ids], [row], stem),
+                helper.make_node("Cast", [row], [number], f"{stem}_Cast", to=onnx.TensorProto.FLOAT),
+                helper.make_node("Gather", [scales[weight], ids], [scale], f"{stem}_scale"),
+                helper.make_node("Unsqueeze", [scale, last], [spread], f"{stem}_Unsqueeze"),
+                helper.make_node("Mul", [number, spread], [output], f"{stem}_Mul"),
+            ]
+            edit.replace([node], made)
+        shared.append(table)
+    if shared:
+        edit.finish()
+        share_transposed(model)
+    return tuple(shared)
+
+
+def share_transposed(model: onnx.ModelProto) -> None:
+    """Stores int8 weights (D, V) that are a looked-up table (V, D) transposed as a Transpose of that, in place.
+
+    Runtimes fold it when they load the file. (Lookups of columns would need no second copy in memory, but each number of a column
+    lies in another line of the cache: a decoder step of a Whisper base was 2% slower so.)
+    """
+    edit = GraphEdit(model)
+    integers = {name: t for name, t in edit.weights.items() if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2}
+    tables = [node.input[0] for node in edit.nodes if node.op_type == "Gather" and node.input[0] in integers]
+    turned = []
+    for table in dict.fromkeys(tables):
+        weight = next((name for name, tensor in integers.items() if name not in tables and _same(integers[table], tensor)), None)
+        if weight is not None and not edit.is_output(weight):
+            del edit.weights[weight], integers[weight]
+            turned.append(helper.make_node("Transpose", [table], [weight], f"{weight}/Transpose", perm=[1, 0]))
+    if turned:
+        edit.nodes = [*turned, *edit.nodes]
+        edit.finish()
+
+
+def fold_transposed(edit: GraphEdit) -> None:
+    """Has weights for what `share_transposed` left, as runtimes do; `edit` is to be finished."""
+    turned = [node for node in edit.nodes if node.op_type == "Transpose" and node.input[0] in edit.weights]
+    for node in turned:
+        edit.add(node.output[0], np.transpose(edit.array(node.input[0]), edit.attribute(node, "perm")))
+        edit.replace([node], [])
+
+
+def _scales(edit: GraphEdit) -> dict[str, str]:
+    """Of int8 weights (D, V) with a scale for each column and zero points of 0, the name of the scales (V,)."""
+    found: dict[str, str] = {}
+    for node in edit.nodes:
+        if node.op_type == "DequantizeLinear" and edit.attribute(node, "axis", 1) == 1:
+            weight, scale, zero = (*node.input, "")[:3]
+        elif node.op_type == "MatMulInteger":  # named so by ONNX Runtime's quantizer; the scale is in the product after it
+            weight, zero = node.input[1], (*node.input, "", "")[3]
+            scale = weight.removesuffix("_quantized") + "_scale"
+        else:
+            continue
+        held = [edit.weights.get(name) for name in (weight, scale, zero)]
+        if held[0] is None or held[1] is None or (zero and held[2] is None):
+            continue
+        whole = held[0].data_type == onnx.TensorProto.INT8 and len(held[0].dims) == 2
+        if whole and list(held[1].dims) == [held[0].dims[1]] and not (zero and edit.array(zero).any()):
+            found[weight] = scale
+    return found
+
+
+def _rounded(edit: GraphEdit, table: str, weight: str, scale: str) -> bool:
+    """Whether an int8 weight (D, V) is a table (V, D) transposed and rounded to the nearest."""
+    if tuple(edit.weights[table].dims) != tuple(reversed(edit.weights[weight].dims)):
+        return False
+    units = edit.array(scale)[:, None].astype(np.float32)
+    return bool((np.abs(edit.array(weight).T * units - edit.array(table)) <= 0.501 * units).all())
 
 
 def _same(table: onnx.TensorProto, weight: onnx.TensorProto) -> bool:

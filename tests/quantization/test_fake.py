@@ -22,7 +22,7 @@ from mmcompress.quantization.fake import (
     set_observing,
 )
 
-from .conftest import image_inputs, text_inputs
+from .conftest import Component, image_inputs, text_inputs
 
 
 def layer_with(weight: list[list[float]], low: float, high: float, bias: list[float] | None = None) -> FakeQuantLinear:
@@ -266,6 +266,71 @@ def test_tables_of_the_qdq_file_are_int8_too(fresh, exported, tmp_path):
         expected = component.module(*inputs.values())[0]
     found = torch.tensor(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
     assert torch.cosine_similarity(found, expected).min() > 0.999
+
+
+class Tied(nn.Module):
+    """Looks rows of a table up, changes them a little, and multiplies them by the table, or by another one."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.middle, self.proj_out = nn.Embedding(600, 32), nn.Linear(32, 32), nn.Linear(32, 600, bias=False)
+        if tied:
+            self.proj_out.weight = self.table.weight
+
+    def forward(self, input_ids):
+        rows = self.table(input_ids)
+        return self.proj_out(self.middle(rows)), rows
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_tied_table_is_stored_once_in_the_qdq_file(tmp_path, bits):
+    ids, sizes = torch.arange(0, 600, 5).reshape(4, 30), {}
+    for tied in (False, True):
+        module = Tied(tied)
+        table = module.table.weight.detach().clone()
+        insert_fake_quant(module, reduce_range=bits == 7)
+        with torch.no_grad():
+            module(ids)
+            set_observing(module, False)
+        axes = {"input_ids": {0: "batch_size", 1: "length"}, "logits": {0: "batch_size", 1: "length"}}
+        axes["rows"] = axes["logits"]
+        component = Component("decoder", module, ("input_ids",), ("logits", "rows"), axes, {"input_ids": ids})
+        path = tmp_path / "qdq.onnx"
+        export_qdq(component, component.examples, path)
+        sizes[tied] = path.stat().st_size
+        logits, rows = (torch.tensor(one) for one in ort.InferenceSession(path).run(None, {"input_ids": ids[:2].numpy()}))
+        step = table.abs().amax(1, keepdim=True) / (63 if tied and bits == 7 else 127)
+        drift = (rows - table[ids[:2]]).abs() / step[ids[:2]]
+        assert 0.4 < drift.max() < 0.51
+        module.table.weight.data[ids[:2]] = rows  # what the file looks up
+        if not tied:
+            with torch.no_grad():
+                torch.testing.assert_close(logits, module(ids[:2])[0], rtol=0, atol=0.02)
+    assert sizes[False] - sizes[True] > 600 * 32
+
+
+def test_the_constants_of_the_qdq_file_have_short_names(fresh, tmp_path):
+    component = fresh["text"]
+    insert_fake_quant(component.module, exclude=["visual_projection", "vision_model"])
+    with torch.no_grad():
+        component.module(*component.examples.values())
+        component.module.model.text_model.encoder.layers[0].self_attn.q_proj(torch.randn(4, 64))  # ranges of its own
+    export_qdq(component, component.examples, tmp_path / "qdq.onnx")
+    graph = onnx.load(tmp_path / "qdq.onnx").graph
+    held = {tensor.name for tensor in graph.initializer}
+    assert len(held) == len(graph.initializer)
+    rounded = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert all(set(node.input[1:]) <= held for node in rounded)
+    named = [node for node in rounded if node.input[1] == f"{node.input[0]}_scale"]
+    assert len(rounded) - len(named) == 1  # the first layer's queries and keys round one tensor in two ways
+    found = ort.InferenceSession(tmp_path / "qdq.onnx")
+    set_observing(component.module, False)
+    inputs = text_inputs(3, 10)
+    with torch.no_grad():
+        expected = component.module(*inputs.values())[0]
+    answer = torch.tensor(found.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
+    assert torch.cosine_similarity(answer, expected).min() > 0.999
 
 
 def test_weights_of_seven_bits_are_rounded_to_63_levels_each_way():

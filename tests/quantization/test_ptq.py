@@ -195,7 +195,7 @@ def test_table_by_hand(monkeypatch):
     assert onnx_graph.quantize_tables(model) == ("table",)
     onnx.checker.check_model(model, full_check=True)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    np.testing.assert_array_equal(stored["table_int8"], np.array([[127, 50], [0, 0], [-127, 2]], dtype=np.int8))
+    np.testing.assert_array_equal(stored["table_rows"], np.array([[127, 50], [0, 0], [-127, 2]], dtype=np.int8))
     rows = ort.InferenceSession(model.SerializeToString()).run(None, {"ids": np.array([2, 0, 1, 0])})[0]
     np.testing.assert_allclose(rows, [[-254, 4], [1.27, 0.5], [0, 0], [1.27, 0.5]], rtol=1e-6)
 

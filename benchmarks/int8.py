@@ -302,15 +302,10 @@ def reached(rows: Rows) -> list[str]:
     return found
 
 
-def prepare(family: Family, module: PreTrainedModel, name: str, work: Path, batches: list[int], rows: int) -> None:
-    """The float file and the inputs of one component: of a decoder those of one step with its cache."""
-    part = family.components(module)[name]
-    export_component(part, family.example_inputs(module.config, part, 2), work / "float.onnx")
-    for batch in batches:
-        call = [c for c in family.calls(module, batch) if c.component == name][-1]
-        np.savez(work / f"inputs-{batch}.npz", **{k: v.numpy() for k, v in call.inputs.items()})
-    call = [c for c in family.calls(module, rows) if c.component == name][-1]
-    np.savez(work / "calibration.npz", **{k: v.numpy() for k, v in call.inputs.items()})
+def save_inputs(family: Family, module: PreTrainedModel, name: str, path: Path, batch: int) -> None:
+    """The inputs of one component: of a decoder those of one step with its cache."""
+    call = [c for c in family.calls(module, batch) if c.component == name][-1]
+    np.savez(path, **{k: v.numpy() for k, v in call.inputs.items()})
 
 
 def components(model: str) -> list[str]:
@@ -322,14 +317,22 @@ def components(model: str) -> list[str]:
 
 
 def made(model: str, name: str, work: Path, given: argparse.Namespace) -> list[Contender]:
-    """All contenders' files in a folder; those of an earlier call where they are kept."""
+    """All contenders' files in a folder, and the inputs of each batch size; those of an earlier call where they are kept."""
     noted = work / "contenders.json"
-    if noted.exists():
+    needed = {work / f"inputs-{batch}.npz": batch for batch in given.batches}
+    missing = {path: batch for path, batch in needed.items() if not path.exists()}
+    if noted.exists() and not missing:
         return [Contender(**one) for one in json.loads(noted.read_text())]
     work.mkdir(parents=True, exist_ok=True)
     family, module = subject(model)
-    prepare(family, module, name, work, given.batches, CALIBRATION.get(model, 16))
-    entries = contenders(name, model, family.components(module)[name].decoder, work, given)
+    for path, batch in missing.items():
+        save_inputs(family, module, name, path, batch)
+    if noted.exists():
+        return [Contender(**one) for one in json.loads(noted.read_text())]
+    part = family.components(module)[name]
+    export_component(part, family.example_inputs(module.config, part, 2), work / "float.onnx")
+    save_inputs(family, module, name, work / "calibration.npz", CALIBRATION.get(model, 16))
+    entries = contenders(name, model, part.decoder, work, given)
     noted.write_text(json.dumps([asdict(one) for one in entries]))
     return entries
 

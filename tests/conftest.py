@@ -25,7 +25,7 @@ from mmcompress.quantization import onnx_export
 from tests import exports
 
 # Before anything imports it by name.
-onnx_export.export_component = exports.remembered(onnx_export.export_component)
+onnx_export.export_component = exports.remembered(onnx_export.export_component, onnx_export._save)
 
 from mmcompress.logs import silence_libraries
 from mmcompress.measure import side_by_side, turns, worker

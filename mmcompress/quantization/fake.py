@@ -353,7 +353,7 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
 def _name_constants(model: onnx.ModelProto) -> None:
     """Names scales and zero points of activations by their tensor, in place, as ONNX Runtime's quantizer does.
 
-    The exporter names them by the layer, and each name stands there three times: in a small model that is 1% of the file.
+    The exporter names them by the layer, and each name stands there three times, which shows in a small model's size.
     """
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     names: dict[str, str] = {}

@@ -1,9 +1,9 @@
 """Embedding tables that are a layer's weight as well (a decoder's, mostly) are stored once.
 
 A float export holds such a table once, but integers for a product and for a lookup lie apart, if each is quantized by itself:
-then half of a small decoder is there twice. Here lookups read rows of the very digits that MatMulNBits multiplies by, or columns
-of the very integers that an int8 product does, with standard operators. (GatherBlockQuantized does the former in one, but
-OpenVINO does not know its form with packed digits.)
+then half of a small decoder is there twice. Here lookups read rows of the very digits that MatMulNBits multiplies by, or of the
+very integers that an int8 product does, with standard operators. (GatherBlockQuantized does the former in one, but OpenVINO does
+not know its form with packed digits.)
 
 Shapes: V rows of the table, outputs of the layer; D its width, inputs of the layer; J blocks of B inputs; I are those of the ids.
 """
@@ -105,8 +105,8 @@ def share_integers(model: onnx.ModelProto, include: Sequence[str] = (), exclude:
 def share_transposed(model: onnx.ModelProto) -> None:
     """Stores int8 weights (D, V) that are a looked-up table (V, D) transposed as a Transpose of that, in place.
 
-    Runtimes fold it when they load the file. (Lookups of columns would need no second copy in memory, but each number of a column
-    lies in another line of the cache: a decoder step of a Whisper base was 2% slower so.)
+    Runtimes fold it when they load the file. (Lookups of columns would need no second copy in memory, but are slower: each number
+    of a column lies in another line of the cache.)
     """
     edit = GraphEdit(model)
     integers = {name: t for name, t in edit.weights.items() if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2}

@@ -321,20 +321,17 @@ def made(model: str, name: str, work: Path, given: argparse.Namespace) -> list[C
     noted = work / "contenders.json"
     needed = {work / f"inputs-{batch}.npz": batch for batch in given.batches}
     missing = {path: batch for path, batch in needed.items() if not path.exists()}
-    if noted.exists() and not missing:
-        return [Contender(**one) for one in json.loads(noted.read_text())]
-    work.mkdir(parents=True, exist_ok=True)
-    family, module = subject(model)
-    for path, batch in missing.items():
-        save_inputs(family, module, name, path, batch)
-    if noted.exists():
-        return [Contender(**one) for one in json.loads(noted.read_text())]
-    part = family.components(module)[name]
-    export_component(part, family.example_inputs(module.config, part, 2), work / "float.onnx")
-    save_inputs(family, module, name, work / "calibration.npz", CALIBRATION.get(model, 16))
-    entries = contenders(name, model, part.decoder, work, given)
-    noted.write_text(json.dumps([asdict(one) for one in entries]))
-    return entries
+    if missing or not noted.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        family, module = subject(model)
+        for path, batch in missing.items():
+            save_inputs(family, module, name, path, batch)
+        if not noted.exists():
+            part = family.components(module)[name]
+            export_component(part, family.example_inputs(module.config, part, 2), work / "float.onnx")
+            save_inputs(family, module, name, work / "calibration.npz", CALIBRATION.get(model, 16))
+            noted.write_text(json.dumps([asdict(one) for one in contenders(name, model, part.decoder, work, given)]))
+    return [Contender(**one) for one in json.loads(noted.read_text())]
 
 
 def main() -> None:

@@ -330,7 +330,8 @@ def export_qdq(component: ComponentSpec, example_inputs: Mapping[str, Tensor], p
         example_inputs: See `export_component`.
         path: Where to write.
         tables: Whether to store embedding tables in int8, one scale a row, and other constants as `stored` does. Training
-            did not see that rounding; it is at most 1/254 of a row's largest number.
+            did not see that rounding; it is at most 1/254 of a row's largest number. A table that is a layer's weight as well
+            takes that layer's integers (1/126 where they are of 7 bits).
 
     Raises:
         ValueError: The module has no fake-quantized layer, or see `export_component`.

@@ -24,6 +24,7 @@ from mmcompress.measure.placement import FLOAT, Choice, choose, why_not_faster
 from mmcompress.measure.turns import Contestant, Turns
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.arrangements import ARRANGEMENTS, arrange, candidates, fused, plain
+from mmcompress.quantization.prepared import Prepared
 from mmcompress.quantization.ranges import Ranges, collect_ranges
 from mmcompress.quantization.result import QuantizationResult
 from mmcompress.quantization.schemes import ArrangementName
@@ -168,7 +169,7 @@ def search(
 
 def _make(names: Sequence[ArrangementName], source: Path, scratch: Path, ranges: Ranges | None, settings: Settings) -> Made:
     """All candidates' files, one in a folder; of files that are the same the first alone."""
-    made = Made({}, {}, {})
+    made, prepared = Made({}, {}, {}), Prepared(source, scratch)
 
     def calibrated() -> Ranges:
         if ranges is None:
@@ -185,7 +186,7 @@ def _make(names: Sequence[ArrangementName], source: Path, scratch: Path, ranges:
             else:
                 made.results[name] = arrange(
                     name,
-                    source,
+                    prepared,
                     target,
                     calibrated,
                     include=settings.include,

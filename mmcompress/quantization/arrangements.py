@@ -12,6 +12,7 @@ import onnx
 
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.fusing import fuse
+from mmcompress.quantization.prepared import Prepared
 from mmcompress.quantization.ptq import quantize_dynamic_int8, quantize_static_int8
 from mmcompress.quantization.ranges import Feeds, Ranges
 from mmcompress.quantization.result import QuantizationResult
@@ -82,7 +83,7 @@ def plain(name: ArrangementName) -> ArrangementName:
 
 def arrange(
     name: ArrangementName,
-    source: Path,
+    source: Path | Prepared,
     target: Path,
     feeds: Callable[[], Iterable[Feeds] | Ranges],
     *,
@@ -94,7 +95,7 @@ def arrange(
 
     Args:
         name: One of ``ARRANGEMENTS``.
-        source: Float file, as `export_component` writes it.
+        source: Float file, as `export_component` writes it; prepared, where several files are made from it.
         target: Where to write.
         feeds: Gives calibration batches, or the ranges found in them; asked only where ranges come from calibration.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.

@@ -12,14 +12,15 @@ the float ones there.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType
 
 from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
+from mmcompress.quantization.dynamic import OPS, write_dynamic
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
+from mmcompress.quantization.prepared import Prepared, prepared
 from mmcompress.quantization.qdq import write_qdq
 from mmcompress.quantization.ranges import Ranges, activations, ranges_of_prepared
 from mmcompress.quantization.result import QuantizationResult
@@ -29,7 +30,7 @@ from mmcompress.quantization.watching import Feeds as Feeds
 
 
 def quantize_dynamic_int8(
-    source: Path,
+    source: Path | Prepared,
     target: Path,
     *,
     include: Sequence[str] = (),
@@ -43,7 +44,7 @@ def quantize_dynamic_int8(
     stored in int8, one scale a row, and so are kernels of convolutions; see `stored`.
 
     Args:
-        source: Float file, as `export_component` writes it.
+        source: Float file, as `export_component` writes it; prepared, where several files are made from it.
         target: Where to write.
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
         exclude: Patterns of module paths to leave float.
@@ -53,29 +54,18 @@ def quantize_dynamic_int8(
     Raises:
         ValueError: Nothing is left to quantize.
     """
-    with TemporaryDirectory(prefix="mmcompress-") as scratch:
-        prepared = Path(scratch) / "prepared.onnx"
-        onnx_graph.prepare(source, prepared)
-        plan = _Plan.of(prepared, source, ("MatMul", "Gemm"), include, exclude)
-        if not plan.chosen:
-            onnx_graph.save(onnx.load(prepared), target)
-            return _finish(source, target, plan)
-        quantize_dynamic(
-            str(prepared),
-            str(target),
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=plan.excluded,
-            per_channel=per_channel,
-            reduce_range=int8_saturates() if reduce_range is None else reduce_range,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=onnx_graph.is_large(prepared),
-            extra_options={"MatMulConstBOnly": True},
-        )
-    return _finish(source, target, plan)
+    with prepared(source) as given:
+        plan = _Plan.of(given.file(), given, OPS, include, exclude)
+        if plan.chosen:
+            narrow = int8_saturates() if reduce_range is None else reduce_range
+            write_dynamic(given.file(), target, plan.excluded, per_channel=per_channel, reduce_range=narrow)
+        else:
+            onnx_graph.save(onnx.load(given.file()), target)
+        return _finish(given, target, plan)
 
 
 def quantize_static_int8(
-    source: Path,
+    source: Path | Prepared,
     target: Path,
     calibration: Iterable[Feeds] | Ranges,
     *,
@@ -95,7 +85,7 @@ def quantize_static_int8(
     in one kernel (MatMulIntegerToFloat). Embedding tables are stored in int8, one scale a row.
 
     Args:
-        source: Float file, as `export_component` writes it.
+        source: Float file, as `export_component` writes it; prepared, where several files are made from it.
         target: Where to write.
         calibration: Batches, read once, one at a time; or what `collect_ranges` found in them, where several files are made.
         outputs: Whether to quantize the outputs of layers too. Slower on ONNX Runtime and less exact; for runtimes
@@ -114,21 +104,20 @@ def quantize_static_int8(
     Raises:
         ValueError: There is no calibration data, a batch lacks an input, or nothing is left to quantize.
     """
-    ops = ("MatMul", "Gemm", "Conv") if quantize_conv else ("MatMul", "Gemm")
-    with TemporaryDirectory(prefix="mmcompress-") as scratch:
-        prepared = Path(scratch) / "prepared.onnx"
-        onnx_graph.prepare(source, prepared, patches=quantize_conv)
-        plan = _Plan.of(prepared, source, ops, include, exclude)
+    ops = (*OPS, "Conv") if quantize_conv else OPS
+    with prepared(source) as given:
+        file = given.file(patches=quantize_conv)
+        plan = _Plan.of(file, given, ops, include, exclude)
         if not plan.chosen:
-            onnx_graph.save(onnx.load(prepared), target)
-            return _finish(source, target, plan)
-        ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(prepared, calibration)
+            onnx_graph.save(onnx.load(file), target)
+            return _finish(given, target, plan)
+        ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(file, calibration)
         own = plan.scores if scores else []
         nodes = [*plan.chosen, *(plan.products if attention else own)]
-        graph = onnx.load(prepared, load_external_data=False)
+        graph = onnx.load(file, load_external_data=False)
         symmetric = activations(graph, own) if own else ()
         write_qdq(
-            prepared,
+            file,
             target,
             nodes,
             ranges.for_onnxruntime(signed, activations(graph, nodes), symmetric),
@@ -141,7 +130,7 @@ def quantize_static_int8(
                 "ActivationSymmetric": signed,
             },
         )
-    return _finish(source, target, plan, nodes, own, kernels=quantize_conv)
+        return _finish(given, target, plan, nodes, own, kernels=quantize_conv)
 
 
 @dataclass(frozen=True)
@@ -157,14 +146,14 @@ class _Plan:
     exclude: tuple[str, ...]
 
     @classmethod
-    def of(cls, prepared: Path, source: Path, ops: tuple[str, ...], include: Sequence[str], exclude: Sequence[str]) -> "_Plan":
-        model = onnx.load(prepared, load_external_data=False)
+    def of(cls, file: Path, given: Prepared, ops: tuple[str, ...], include: Sequence[str], exclude: Sequence[str]) -> "_Plan":
+        model = onnx.load(file, load_external_data=False)
         layers = onnx_graph.weighted_nodes(model)
         if not layers:  # nothing but tables (a component that only looks tokens up)
             return cls([], [], [], [], [], tuple(include), tuple(exclude))
         chosen = [node.name for node in layers if node.op_type in ops and is_meant(module_path(node.name), include, exclude)]
         if not chosen:
-            raise ValueError(f"{source}: no {' or '.join(ops)} with a weight is left to quantize")
+            raise ValueError(f"{given.source}: no {' or '.join(ops)} with a weight is left to quantize")
         others = [node.name for node in layers if node.name not in chosen]
         products = [node.name for node in onnx_graph.free_products(model)]
         weighing = onnx_graph.weighing_products(model)
@@ -173,7 +162,7 @@ class _Plan:
 
 
 def _finish(
-    source: Path, target: Path, plan: _Plan, integer: Sequence[str] = (), early: Sequence[str] = (), *, kernels: bool = True
+    given: Prepared, target: Path, plan: _Plan, integer: Sequence[str] = (), early: Sequence[str] = (), *, kernels: bool = True
 ) -> QuantizationResult:
     """Shrinks the constants of a quantized file, and counts what is in it.
 
@@ -191,7 +180,7 @@ def _finish(
     names = [*plan.chosen, *plan.others, *before]
     replaced = share_integers(model, plan.include, plan.exclude)
     replaced += onnx_graph.quantize_tables(model, plan.exclude, plan.include)
-    replaced += store_constants(model, plan.include, plan.exclude, float_bytes=onnx_graph.file_bytes(source), kernels=kernels)
+    replaced += store_constants(model, plan.include, plan.exclude, float_bytes=given.float_bytes, kernels=kernels)
     onnx_graph.share_zero_points(model)
     del model.graph.value_info[:]  # runtimes infer them, and know better after what was done here
     onnx_graph.save(model, target)
@@ -199,7 +188,7 @@ def _finish(
     # The dynamic quantizer renames the Gemm nodes that it turns into MatMul.
     float_names = {node.name.removesuffix("_MatMul") for node in onnx_graph.weighted_nodes(model)}
     return QuantizationResult(
-        bytes_before=onnx_graph.file_bytes(source),
+        bytes_before=given.float_bytes,
         bytes_after=onnx_graph.file_bytes(target),
         quantized=tuple(name for name in plan.chosen if name not in float_names),
         left_float=tuple(name for name in (*plan.chosen, *plan.others) if name in float_names),

@@ -154,13 +154,12 @@ def _axis(node: onnx.NodeProto) -> int:
 
 
 def _channel_scales(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], reduce_range: bool, folder: Path) -> dict[str, Any]:
-    """Symmetric scales of all channels of all weights, as overrides of the quantizer: ``compute_scale_zp`` for many at once."""
+    """Symmetric scales of all channels of all weights, as overrides of the quantizer."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     axes: dict[str, set[int]] = {}
     for node in nodes:
         if node.input[1] in weights:
             axes.setdefault(node.input[1], set()).add(_axis(node))
-    low, high = get_qmin_qmax_for_qType(QuantType.QInt8.tensor_type, reduce_range, symmetric=True)
     found: dict[str, Any] = {}
     for name, own in axes.items():
         shape, kind = weights[name].dims, weights[name].data_type
@@ -168,13 +167,19 @@ def _channel_scales(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], red
             continue  # the quantizer's own way
         values = numpy_helper.to_array(_loaded(weights[name], folder))
         axis = own.pop()
-        others = tuple(i for i in range(values.ndim) if i != axis)
-        largest = np.maximum(np.abs(values.min(others)), np.abs(values.max(others))).astype(np.float64)
-        scales = (2 * largest) / (np.float64(high) - np.float64(low))
-        scales = np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
+        scales = channel_scales(values, axis, reduce_range)
         found[name] = [{"scale": scale, "zero_point": 0, "axis": axis} for scale in scales]
         found[name][0]["quant_type"] = QuantType.QInt8
     return found
+
+
+def channel_scales(values: NDArray[np.float32], axis: int, reduce_range: bool) -> NDArray[np.float32]:
+    """The symmetric int8 scale of each place along an axis of a weight: 127 of it, or 63 in 7 bits, reach the largest number."""
+    low, high = get_qmin_qmax_for_qType(QuantType.QInt8.tensor_type, reduce_range, symmetric=True)
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    largest = np.maximum(np.abs(values.min(others)), np.abs(values.max(others))).astype(np.float64)
+    scales = (2 * largest) / (np.float64(high) - np.float64(low))
+    return np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
 
 
 def _fold(model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], folder: Path) -> None:

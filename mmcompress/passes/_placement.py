@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from mmcompress.environment import cpu_features, int8_saturates
 from mmcompress.errors import UnavailableError
+from mmcompress.heap import keeping_blocks
 from mmcompress.measure.placement import FLOAT, Choice, choose, why_not_faster
 from mmcompress.measure.turns import Contestant, Turns
 from mmcompress.quantization import onnx_graph
@@ -153,7 +154,8 @@ def search(
         else:
             few.take(feeds())
         clock.lap("calibration")
-        made = _make(names, ready, Path(scratch), ranges, settings)
+        with keeping_blocks():  # else the kernel takes as long as all of it: weights are read, rounded and written a dozen times
+            made = _make(names, ready, Path(scratch), ranges, settings)
         clock.lap("files")
         choice, profile = _contest(source, made, few, inputs, settings, clock)
         result = None

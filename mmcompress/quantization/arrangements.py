@@ -113,7 +113,13 @@ def arrange(
             return fused(middle, target, found)
     if chosen.ranges == "run time":
         return quantize_dynamic_int8(
-            source, target, include=include, exclude=exclude, per_channel=chosen.per_channel, reduce_range=reduce_range
+            source,
+            target,
+            include=include,
+            exclude=exclude,
+            per_channel=chosen.per_channel,
+            reduce_range=reduce_range,
+            split=True,
         )
     return quantize_static_int8(
         source,
@@ -128,6 +134,7 @@ def arrange(
         include=include,
         exclude=exclude,
         reduce_range=reduce_range,
+        split=True,
     )
 
 

@@ -19,6 +19,7 @@ from onnxruntime.quantization import QuantType
 from mmcompress.environment import int8_saturates
 from mmcompress.quantization import onnx_graph
 from mmcompress.quantization.dynamic import OPS, write_dynamic
+from mmcompress.quantization.merged import split_merged
 from mmcompress.quantization.naming import is_meant, module_path, unmatched
 from mmcompress.quantization.prepared import Prepared, prepared
 from mmcompress.quantization.qdq import write_qdq
@@ -37,6 +38,7 @@ def quantize_dynamic_int8(
     exclude: Sequence[str] = (),
     per_channel: bool = True,
     reduce_range: bool | None = None,
+    split: bool = False,
 ) -> QuantizationResult:
     """Int8 with activation ranges taken anew at every call: no calibration data, but ranges cost time.
 
@@ -50,6 +52,7 @@ def quantize_dynamic_int8(
         exclude: Patterns of module paths to leave float.
         per_channel: Whether weights have a scale for each output channel, or one for all.
         reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
+        split: Whether a layer that makes queries, keys and values at once becomes three; see `merged`.
 
     Raises:
         ValueError: Nothing is left to quantize.
@@ -61,7 +64,7 @@ def quantize_dynamic_int8(
             write_dynamic(given.file(), target, plan.excluded, per_channel=per_channel, reduce_range=narrow)
         else:
             onnx_graph.save(onnx.load(given.file()), target)
-        return _finish(given, target, plan)
+        return _finish(given, target, plan, split=split)
 
 
 def quantize_static_int8(
@@ -78,6 +81,7 @@ def quantize_static_int8(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     reduce_range: bool | None = None,
+    split: bool = False,
 ) -> QuantizationResult:
     """Int8 with activation ranges from calibration data, written as QDQ.
 
@@ -100,6 +104,7 @@ def quantize_static_int8(
         include: Patterns of module paths to quantize, all where there are none; see `naming.matches`.
         exclude: Patterns of module paths to leave float.
         reduce_range: Whether weights take 7 bits; None where this processor needs it (x86 without VNNI).
+        split: Whether a layer that makes queries, keys and values at once becomes three; see `merged`.
 
     Raises:
         ValueError: There is no calibration data, a batch lacks an input, or nothing is left to quantize.
@@ -110,7 +115,7 @@ def quantize_static_int8(
         plan = _Plan.of(file, given, ops, include, exclude)
         if not plan.chosen:
             onnx_graph.save(onnx.load(file), target)
-            return _finish(given, target, plan)
+            return _finish(given, target, plan, split=False)
         ranges = calibration if isinstance(calibration, Ranges) else ranges_of_prepared(file, calibration)
         own = plan.scores if scores else []
         nodes = [*plan.chosen, *(plan.products if attention else own)]
@@ -130,7 +135,7 @@ def quantize_static_int8(
                 "ActivationSymmetric": signed,
             },
         )
-        return _finish(given, target, plan, nodes, own, kernels=quantize_conv)
+        return _finish(given, target, plan, nodes, own, kernels=quantize_conv, split=split)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,14 @@ class _Plan:
 
 
 def _finish(
-    given: Prepared, target: Path, plan: _Plan, integer: Sequence[str] = (), early: Sequence[str] = (), *, kernels: bool = True
+    given: Prepared,
+    target: Path,
+    plan: _Plan,
+    integer: Sequence[str] = (),
+    early: Sequence[str] = (),
+    *,
+    kernels: bool = True,
+    split: bool,
 ) -> QuantizationResult:
     """Shrinks the constants of a quantized file, and counts what is in it.
 
@@ -170,9 +182,12 @@ def _finish(
         integer: names of the nodes that multiply integers.
         early: those of them whose inputs are rounded before they are moved about.
         kernels: whether those of convolutions that stay float are among the constants.
+        split: whether merged layers are taken apart.
     """
     model = onnx.load(target)
+    parts = split_merged(model) if split else {}
     if integer:
+        integer = [*integer, *(name for names in parts.values() for name in names)]
         onnx_graph.spare_float_readers(model, set(integer))
     if early:
         onnx_graph.quantize_before_moves(model, set(early))

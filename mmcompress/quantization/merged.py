@@ -129,7 +129,7 @@ def _take_apart(
     made = {name for node in chain.nodes for name in node.output}
 
     def part(name: str, place: int) -> str:
-        own = f"{name}.{place}"
+        own = f"{name}.part_{place}_of_{shape[AXIS]}"
         if name not in made and own not in edit.weights:
             values = edit.array(name)
             values = np.full(size, values.reshape(())) if values.size == 1 else values[..., place * size : (place + 1) * size]
@@ -139,7 +139,7 @@ def _take_apart(
     for place, taker in sorted(takers.items()):
         for node in chain.nodes:
             own = edit.copy(node)
-            own.name, own.output[0] = _name(node, place), f"{node.output[0]}.{place}"
+            own.name, own.output[0] = _name(node, place), part(node.output[0], place)
             for i in chain.wide[node.name]:
                 own.input[i] = part(node.input[i], place)
             new.append(own)

@@ -174,7 +174,7 @@ def _channel_scales(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], red
 
 
 def channel_scales(values: NDArray[np.float32], axis: int, reduce_range: bool) -> NDArray[np.float32]:
-    """The symmetric int8 scale of each place along an axis of a weight: 127 of it, or 63 in 7 bits, reach the largest number."""
+    """The symmetric int8 scale of each place along an axis of a weight: its largest number is 127 of it, or 64 in 7 bits."""
     low, high = get_qmin_qmax_for_qType(QuantType.QInt8.tensor_type, reduce_range, symmetric=True)
     others = tuple(i for i in range(values.ndim) if i != axis)
     largest = np.maximum(np.abs(values.min(others)), np.abs(values.max(others))).astype(np.float64)

@@ -153,6 +153,34 @@ def test_test_data_never_trains(tmp_path: Path) -> None:
     assert "would read the test data" in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("fields", "split"),
+    [
+        ({}, "calibration"),
+        ({"scheme": {"vision": "float32", "text": "int8-static"}}, "calibration"),
+        ({"scheme": "int4-weight-only", "algorithm": "gptq"}, "calibration"),
+        ({"scheme": "int8-dynamic", "placement": "measure"}, "calibration"),
+        ({"max_drop": 0.5}, "train"),
+        ({"scheme": "int8-dynamic"}, None),
+        ({"scheme": "int4-weight-only"}, None),
+        ({"scheme": {"vision": "float16", "text": "int8-dynamic"}}, None),
+    ],
+)
+def test_quantizing_with_data_that_the_recipe_lacks_is_refused_at_once(fields: dict[str, Any], split: str | None) -> None:
+    recipe = {**yaml.safe_load(GOOD), "passes": [{"pass": "quantize", **fields}]}
+    given = dict(recipe["data"])
+    recipe["data"] = {"eval": given["eval"]}
+    if split == "train":  # ranges are there, examples to hold back are not
+        recipe["data"]["calibration"] = given["train"]
+    if split is None:
+        make_recipe(recipe)
+    else:
+        with pytest.raises(RecipeError, match=rf"passes.0: quantize reads data.{split}, which the recipe does not have"):
+            make_recipe(recipe)
+    recipe["data"]["train"] = given["train"]
+    make_recipe(recipe)
+
+
 def test_the_json_schema_knows_every_pass_and_describes_every_key() -> None:
     schema = json_schema()
     text = json.dumps(schema)

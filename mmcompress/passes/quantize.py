@@ -169,6 +169,14 @@ class Quantize(Pass):
             raise ValueError(f"sensitivity: {self.sensitivity} sorts layers for `max_drop`, which is left out")
         return self
 
+    @property
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on what is asked for
+        """The splits that the pass reads."""
+        schemes = self._schemes()
+        measured = self.placement == "measure" and any(scheme in FIXED for scheme in schemes)
+        calibrated = "int8-static" in schemes or measured or self.algorithm != "rtn"
+        return (*(("train",) if self.max_drop is not None else ()), *(("calibration",) if calibrated else ()))
+
     def weight_bytes(self) -> float:
         """Bytes of one weight; of the widest where towers differ."""
         return max(WEIGHT_BYTES[scheme] for scheme in self._schemes())

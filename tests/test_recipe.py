@@ -163,6 +163,7 @@ def test_test_data_never_trains(tmp_path: Path) -> None:
         ({"max_drop": 0.5}, "train"),
         ({"scheme": "int8-dynamic"}, None),
         ({"scheme": "int4-weight-only"}, None),
+        ({"scheme": "float16", "placement": "measure"}, None),
         ({"scheme": {"vision": "float16", "text": "int8-dynamic"}}, None),
     ],
 )

@@ -154,6 +154,28 @@ def test_parts_by_hand(indices):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_layers_that_share_weights_are_cut_into_parts_of_their_own_sizes():
+    model, other = merged(), merged(shape=(-1, 5, 2, 3, 4), indices=(0, 1))
+    for node in other.graph.node[1:]:
+        node.name = f"other.{node.name}"
+        node.input[:] = [
+            name if name in ("q", "s", "z", "w", "zero", "scale", "bias") else f"other.{name}" for name in node.input
+        ]
+        node.output[:] = [f"other.{name}" for name in node.output]
+        model.graph.node.append(node)
+    for tensor in other.graph.initializer:
+        if tensor.name not in ("w", "zero", "scale", "bias"):
+            tensor.name = f"other.{tensor.name}"
+            model.graph.initializer.append(tensor)
+    for value in other.graph.output:
+        value.name = f"other.{value.name}"
+        model.graph.output.append(value)
+    wanted = answers(model)
+    assert {name: len(parts) for name, parts in split_merged(model).items()} == {"qkv/MatMul": 3, "other.qkv/MatMul": 2}
+    for ours, theirs in zip(answers(model), wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def reading(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """The model with a value that is read once more."""
     model.graph.node.append(helper.make_node("Neg", [name], ["more"], "Neg"))
